@@ -33,6 +33,14 @@ pub enum Label {
     KeystoreMaterial,
     /// Seals the metadata rows of the keystore; derived from the root key.
     KeystoreMetadata,
+    /// Keys the PRF of alias names in row keys; derived from the root key.
+    KeystoreNames,
+    /// Keys the digest of the keystore's set of rows; derived from the root key.
+    KeystoreRowSet,
+    /// Seals the root key of one epoch; derived from the key that the root slot holds.
+    KeystoreRoot,
+    /// Seals the answers of one filesystem session; derived from its X25519 shared secret.
+    Session,
 }
 
 impl Label {
@@ -45,6 +53,10 @@ impl Label {
             Self::Blob => "kmsd/1/blob".to_owned(),
             Self::KeystoreMaterial => "kmsd/1/material".to_owned(),
             Self::KeystoreMetadata => "kmsd/1/metadata".to_owned(),
+            Self::KeystoreNames => "kmsd/1/alias-names".to_owned(),
+            Self::KeystoreRowSet => "kmsd/1/row-set".to_owned(),
+            Self::KeystoreRoot => "kmsd/1/root".to_owned(),
+            Self::Session => "kmsd/1/session".to_owned(),
         }
         .into_bytes()
     }
@@ -68,7 +80,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const LABELS: [Label; 9] = [
+    const LABELS: [Label; 13] = [
         Label::VolumeRecords { domain: 0 },
         Label::VolumeRecords { domain: 1 },
         Label::VolumeNames { domain: 0 },
@@ -78,6 +90,10 @@ mod tests {
         Label::Blob,
         Label::KeystoreMaterial,
         Label::KeystoreMetadata,
+        Label::KeystoreNames,
+        Label::KeystoreRowSet,
+        Label::KeystoreRoot,
+        Label::Session,
     ];
 
     #[test]

@@ -1,0 +1,74 @@
+//! A blocking client of the KMS, every call with a time limit, and its filesystem session.
+//!
+//! A [`Client`] owns a small runtime with one worker thread; it is `Send + Sync`, and its calls may come from any
+//! thread, inside a runtime or out. It reconnects by itself after kmsd was restarted. Sessions do not outlive kmsd:
+//! a call then answers [`Code::SessionNotFound`], and the caller opens another.
+
+mod connection;
+mod session;
+
+pub use connection::ClientError;
+pub use kms_api::{Code, EncryptionContext, KmsError, socket_path};
+pub use session::{IssuedKey, KeyState, KeyStatus, Renewal, Session};
+
+use connection::Connection;
+use kms_api::proto::{self, kms_client::KmsClient};
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::transport::Channel;
+use tonic::{Response, Status};
+
+/// A connection to one kmsd.
+pub struct Client {
+    connection: Arc<Connection>,
+}
+
+impl Client {
+    /// Connects to the kmsd at `socket`. Every call, this one included, ends within `timeout`.
+    ///
+    /// # Errors
+    /// [`ClientError::Unreachable`], at once, if nothing listens there.
+    pub fn connect(socket: &Path, timeout: Duration) -> Result<Self, ClientError> {
+        Ok(Self {
+            connection: Arc::new(Connection::open(socket, timeout)?),
+        })
+    }
+
+    /// Describes a key by its id, its ARN or `alias/NAME`, in any state.
+    ///
+    /// # Errors
+    /// `Forbidden.KeyNotFound` and the other answers of DescribeKey, as [`ClientError::Kms`].
+    pub fn describe_key(&self, key: &str) -> Result<proto::KeyMetadata, ClientError> {
+        let answer = self.connection.call_repeatably(|channel| {
+            let request = proto::DescribeKeyRequest {
+                key_id: key.to_owned(),
+            };
+            async move { KmsClient::new(channel).describe_key(request).await }
+        })?;
+        answer
+            .key_metadata
+            .ok_or_else(|| ClientError::Protocol("DescribeKey answered no metadata".to_owned()))
+    }
+
+    /// Opens a session for the mount of `volume`; `device_minor` is that of the mount, once there is one.
+    ///
+    /// # Errors
+    /// `Rejected.LimitExceeded` past the bound of sessions for one user, as [`ClientError::Kms`].
+    pub fn open_session(&self, volume: [u8; 16], device_minor: Option<u32>) -> Result<Session, ClientError> {
+        Session::open(Arc::clone(&self.connection), volume, device_minor)
+    }
+
+    /// Any operation of the `Kms` service, once: a call that changes something is never repeated by itself.
+    ///
+    /// # Errors
+    /// The operation's own, as [`ClientError::Kms`].
+    pub fn call<T, Fut>(&self, operation: impl FnOnce(KmsClient<Channel>) -> Fut) -> Result<T, ClientError>
+    where
+        T: Send + 'static,
+        Fut: Future<Output = Result<Response<T>, Status>> + Send + 'static,
+    {
+        self.connection.call(|channel| operation(KmsClient::new(channel)))
+    }
+}

@@ -1,0 +1,273 @@
+//! A filesystem session: data keys, issued and opened under a lease.
+
+use crate::connection::{ClientError, Connection};
+use kms_api::proto::{self, filesystem_keys_client::FilesystemKeysClient};
+use kms_api::session::{Binding, KeyPair, Operation, REQUEST_RANDOM_LEN, Role, SessionError, SessionKey};
+use kms_api::{BATCH_ITEMS_MAX, EncryptionContext, KmsError};
+use kms_crypto::SecretKey;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Changes with every boot: a session of another boot holds nothing.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// A data key, wrapped and in the clear.
+pub struct IssuedKey {
+    /// What is stored.
+    pub wrapped: Vec<u8>,
+    /// What encrypts.
+    pub key: SecretKey,
+}
+
+/// What a key may do now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyState {
+    /// Everything.
+    Enabled,
+    /// Nothing, until it is enabled.
+    Disabled,
+    /// Nothing; its material will be destroyed unless that is cancelled.
+    PendingDeletion,
+    /// Nothing, until its material is imported.
+    PendingImport,
+    /// Its material is gone for ever, or this kmsd knows no such key.
+    Destroyed,
+}
+
+/// A key that a session uses, and its state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyStatus {
+    /// acs:kms:REGION:ACCOUNT:key/ID
+    pub arn: String,
+    /// Its state when the server answered.
+    pub state: KeyState,
+}
+
+/// The answer to a renewal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Renewal {
+    /// Counted from when [`Session::renew`] was called.
+    pub lease_ttl: Duration,
+    /// Moves with every revocation in the keystore.
+    pub revocation_epoch: u64,
+    /// Every key under which this session was given something.
+    pub keys: Vec<KeyStatus>,
+}
+
+/// A session with one kmsd. Data keys come through it sealed to a key that this process alone has.
+pub struct Session {
+    connection: Arc<Connection>,
+    key: SessionKey,
+}
+
+impl Session {
+    pub(crate) fn open(
+        connection: Arc<Connection>,
+        volume: [u8; 16],
+        device_minor: Option<u32>,
+    ) -> Result<Self, ClientError> {
+        let boot_id = std::fs::read_to_string(BOOT_ID)
+            .map_err(|error| ClientError::Protocol(format!("{BOOT_ID}: {error}")))?;
+        let pair = KeyPair::generate().map_err(untrusted)?;
+        let public = pair.public();
+        let answer = connection.call_repeatably(|channel| {
+            let request = proto::OpenSessionRequest {
+                client_public_key: public.to_vec(),
+                volume: volume.to_vec(),
+                boot_id: boot_id.trim().to_owned(),
+                device_minor,
+            };
+            async move { FilesystemKeysClient::new(channel).open_session(request).await }
+        })?;
+        let id = array(&answer.session_id)?;
+        let key = pair
+            .agree(Role::Client, id, array(&answer.server_public_key)?)
+            .map_err(untrusted)?;
+        Ok(Self { connection, key })
+    }
+
+    /// Makes a 32-byte data key for each context, wrapped under `key` (id, ARN or alias/NAME), all or none of them.
+    ///
+    /// # Errors
+    /// The key's state, as [`ClientError::Kms`]; [`ClientError::Protocol`] if the answer is not to this request.
+    pub fn issue_data_keys(
+        &self,
+        key: &str,
+        contexts: &[EncryptionContext],
+    ) -> Result<Vec<IssuedKey>, ClientError> {
+        let mut issued = Vec::with_capacity(contexts.len());
+        for batch in contexts.chunks(BATCH_ITEMS_MAX) {
+            issued.append(&mut self.issue_batch(key, batch)?);
+        }
+        Ok(issued)
+    }
+
+    /// Unwraps data keys, with an error for each that may not be.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, as [`ClientError::Kms`]; [`ClientError::Protocol`] if the answer is not to this
+    /// request.
+    pub fn open_data_keys(
+        &self,
+        items: &[(EncryptionContext, Vec<u8>)],
+    ) -> Result<Vec<Result<SecretKey, KmsError>>, ClientError> {
+        let mut opened = Vec::with_capacity(items.len());
+        for batch in items.chunks(BATCH_ITEMS_MAX) {
+            opened.append(&mut self.open_batch(batch)?);
+        }
+        Ok(opened)
+    }
+
+    /// Extends the lease, and learns the state of every key that this session uses.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, as [`ClientError::Kms`].
+    pub fn renew(&self) -> Result<Renewal, ClientError> {
+        let answer = self.connection.call_repeatably(|channel| {
+            let request = proto::RenewSessionRequest {
+                session_id: self.key.id().to_vec(),
+            };
+            async move { FilesystemKeysClient::new(channel).renew_session(request).await }
+        })?;
+        let keys = answer.keys.into_iter().map(|status| {
+            Ok(KeyStatus {
+                state: key_state(status.state())?,
+                arn: status.arn,
+            })
+        });
+        Ok(Renewal {
+            lease_ttl: Duration::from_millis(answer.lease_ttl_ms.into()),
+            revocation_epoch: answer.revocation_epoch,
+            keys: keys.collect::<Result<_, ClientError>>()?,
+        })
+    }
+
+    /// Ends the session.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, as [`ClientError::Kms`], if it had ended before.
+    pub fn close(self) -> Result<(), ClientError> {
+        let request = proto::CloseSessionRequest {
+            session_id: self.key.id().to_vec(),
+        };
+        self.connection
+            .call(|channel| async move { FilesystemKeysClient::new(channel).close_session(request).await })?;
+        Ok(())
+    }
+
+    fn issue_batch(&self, key: &str, contexts: &[EncryptionContext]) -> Result<Vec<IssuedKey>, ClientError> {
+        let request_random = request_random()?;
+        let answer = self.connection.call_repeatably(|channel| {
+            let context = |context: &EncryptionContext| proto::issue_data_keys_request::Context {
+                entries: context.entries().clone(),
+            };
+            let request = proto::IssueDataKeysRequest {
+                session_id: self.key.id().to_vec(),
+                request_random: request_random.to_vec(),
+                key_id: key.to_owned(),
+                contexts: contexts.iter().map(context).collect(),
+            };
+            async move { FilesystemKeysClient::new(channel).issue_data_keys(request).await }
+        })?;
+        if answer.wrapped.len() != contexts.len() {
+            return Err(untrusted(SessionError::Malformed));
+        }
+        let blobs: Vec<&[u8]> = answer.wrapped.iter().map(Vec::as_slice).collect();
+        let binding = Binding {
+            operation: Operation::Issue,
+            request_random,
+            blobs: &blobs,
+        };
+        let keys = self
+            .key
+            .open(
+                &answer.nonce,
+                &binding,
+                &vec![true; blobs.len()],
+                answer.sealed_keys,
+            )
+            .map_err(untrusted)?;
+        answer
+            .wrapped
+            .into_iter()
+            .zip(keys)
+            .map(|(wrapped, key)| {
+                let key = key.ok_or_else(|| untrusted(SessionError::Malformed))?;
+                Ok(IssuedKey { wrapped, key })
+            })
+            .collect()
+    }
+
+    fn open_batch(
+        &self,
+        items: &[(EncryptionContext, Vec<u8>)],
+    ) -> Result<Vec<Result<SecretKey, KmsError>>, ClientError> {
+        let request_random = request_random()?;
+        let answer = self.connection.call_repeatably(|channel| {
+            let item =
+                |(context, wrapped): &(EncryptionContext, Vec<u8>)| proto::open_data_keys_request::Item {
+                    encryption_context: context.entries().clone(),
+                    wrapped: wrapped.clone(),
+                };
+            let request = proto::OpenDataKeysRequest {
+                session_id: self.key.id().to_vec(),
+                request_random: request_random.to_vec(),
+                items: items.iter().map(item).collect(),
+            };
+            async move { FilesystemKeysClient::new(channel).open_data_keys(request).await }
+        })?;
+        if answer.errors.len() != items.len() {
+            return Err(untrusted(SessionError::Malformed));
+        }
+        let blobs: Vec<&[u8]> = items.iter().map(|(_, wrapped)| wrapped.as_slice()).collect();
+        let flags: Vec<bool> = answer.errors.iter().map(|error| error.code.is_empty()).collect();
+        let binding = Binding {
+            operation: Operation::Open,
+            request_random,
+            blobs: &blobs,
+        };
+        let keys = self
+            .key
+            .open(&answer.nonce, &binding, &flags, answer.sealed_keys)
+            .map_err(untrusted)?;
+        keys.into_iter()
+            .zip(&answer.errors)
+            .map(|(key, error)| match key {
+                Some(key) => Ok(Ok(key)),
+                None => KmsError::from_proto(error)
+                    .map(Err)
+                    .ok_or_else(|| ClientError::Protocol(format!("unknown error code {:?}", error.code))),
+            })
+            .collect()
+    }
+}
+
+fn request_random() -> Result<[u8; REQUEST_RANDOM_LEN], ClientError> {
+    let mut random = [0; REQUEST_RANDOM_LEN];
+    getrandom::fill(&mut random).map_err(|_| untrusted(SessionError::Randomness))?;
+    Ok(random)
+}
+
+fn key_state(state: proto::KeyState) -> Result<KeyState, ClientError> {
+    Ok(match state {
+        proto::KeyState::Enabled => KeyState::Enabled,
+        proto::KeyState::Disabled => KeyState::Disabled,
+        proto::KeyState::PendingDeletion => KeyState::PendingDeletion,
+        proto::KeyState::PendingImport => KeyState::PendingImport,
+        proto::KeyState::Destroyed => KeyState::Destroyed,
+        // An unknown state is no reason to go on reading.
+        proto::KeyState::Unspecified => {
+            return Err(ClientError::Protocol(
+                "a key has a state that this client does not know".to_owned(),
+            ));
+        }
+    })
+}
+
+fn array<const N: usize>(bytes: &[u8]) -> Result<[u8; N], ClientError> {
+    bytes.try_into().map_err(|_| untrusted(SessionError::Malformed))
+}
+
+fn untrusted(error: SessionError) -> ClientError {
+    ClientError::Protocol(error.to_string())
+}
