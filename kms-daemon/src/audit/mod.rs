@@ -1,0 +1,11 @@
+//! The audit log: append-only, hash-chained, durable before the answer leaves, verifiable offline.
+
+mod frame;
+mod log;
+mod record;
+mod verify;
+
+pub use frame::{Digest, Problem};
+pub use log::{Audit, AuditError, Seen};
+pub use record::{Item, Record};
+pub use verify::{Report, VerifyError, verify};

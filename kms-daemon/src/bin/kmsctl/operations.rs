@@ -1,0 +1,284 @@
+//! From the command line to the API and back.
+
+use crate::arguments::{AliasOperation, BatchOperation, CryptographyOperation, DataKey, KeyOperation};
+use crate::json::{self, Item};
+use kms_api::proto::{self, kms_client::KmsClient};
+use kms_client::{Client, ClientError};
+use serde_json::{Value, json};
+use tonic::transport::Channel;
+
+/// Calls one method of the API.
+macro_rules! call {
+    ($client:expr, $method:ident, $request:expr) => {{
+        let request = $request;
+        $client
+            .call(|mut kms: KmsClient<Channel>| async move { kms.$method(request).await })
+            .map_err(|error: ClientError| describe(&error))
+    }};
+}
+
+/// The JSON of a batch: for each item its result, or its error.
+macro_rules! outcomes {
+    ($answer:expr, $module:ident, $result:path) => {{
+        use proto::$module::item::Outcome;
+        let answer = $answer;
+        let items = answer.items.iter().map(|item| match &item.outcome {
+            Some(Outcome::Result(result)) => $result(result),
+            Some(Outcome::Error(error)) => json::error(error),
+            None => Value::Null,
+        });
+        json!({ "Items": items.collect::<Value>(), "RequestId": answer.request_id })
+    }};
+}
+
+pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, String> {
+    match operation {
+        KeyOperation::CreateKey {
+            description,
+            key_spec,
+            key_usage,
+            origin,
+            protection_level,
+        } => {
+            let request = proto::CreateKeyRequest {
+                description,
+                key_spec,
+                key_usage,
+                origin,
+                protection_level,
+            };
+            let answer = call!(client, create_key, request)?;
+            Ok(metadata(answer.key_metadata.as_ref(), &answer.request_id))
+        }
+        KeyOperation::DescribeKey(named) => {
+            let request = proto::DescribeKeyRequest { key_id: named.key_id };
+            let answer = call!(client, describe_key, request)?;
+            Ok(metadata(answer.key_metadata.as_ref(), &answer.request_id))
+        }
+        KeyOperation::ListKeys(page) => {
+            let request = proto::ListKeysRequest {
+                page_number: page.page_number,
+                page_size: page.page_size,
+            };
+            Ok(json::keys(&call!(client, list_keys, request)?))
+        }
+        KeyOperation::EnableKey(named) => {
+            let request = proto::EnableKeyRequest { key_id: named.key_id };
+            Ok(done(&call!(client, enable_key, request)?.request_id))
+        }
+        KeyOperation::DisableKey(named) => {
+            let request = proto::DisableKeyRequest { key_id: named.key_id };
+            Ok(done(&call!(client, disable_key, request)?.request_id))
+        }
+        KeyOperation::ScheduleKeyDeletion {
+            key,
+            pending_window_in_days,
+        } => {
+            let request = proto::ScheduleKeyDeletionRequest {
+                key_id: key.key_id,
+                pending_window_in_days,
+            };
+            let answer = call!(client, schedule_key_deletion, request)?;
+            Ok(json!({ "DeleteDate": json::time(answer.delete_date_ms), "RequestId": answer.request_id }))
+        }
+        KeyOperation::CancelKeyDeletion(named) => {
+            let request = proto::CancelKeyDeletionRequest { key_id: named.key_id };
+            Ok(done(&call!(client, cancel_key_deletion, request)?.request_id))
+        }
+    }
+}
+
+pub(crate) fn metrics(client: &Client) -> Result<Value, String> {
+    let answer = call!(client, get_metrics, proto::GetMetricsRequest {})?;
+    Ok(json::metrics(&answer))
+}
+
+pub(crate) fn alias(client: &Client, operation: AliasOperation) -> Result<Value, String> {
+    match operation {
+        AliasOperation::CreateAlias(alias) => {
+            let request = proto::CreateAliasRequest {
+                alias_name: alias.alias_name,
+                key_id: alias.key_id,
+            };
+            Ok(done(&call!(client, create_alias, request)?.request_id))
+        }
+        AliasOperation::UpdateAlias(alias) => {
+            let request = proto::UpdateAliasRequest {
+                alias_name: alias.alias_name,
+                key_id: alias.key_id,
+            };
+            Ok(done(&call!(client, update_alias, request)?.request_id))
+        }
+        AliasOperation::DeleteAlias { alias_name } => {
+            let request = proto::DeleteAliasRequest { alias_name };
+            Ok(done(&call!(client, delete_alias, request)?.request_id))
+        }
+        AliasOperation::ListAliasesByKeyId { key, page } => {
+            let request = proto::ListAliasesByKeyIdRequest {
+                key_id: key.key_id,
+                page_number: page.page_number,
+                page_size: page.page_size,
+            };
+            Ok(json::aliases(&call!(client, list_aliases_by_key_id, request)?))
+        }
+        AliasOperation::ListAliases(page) => {
+            let request = proto::ListAliasesRequest {
+                page_number: page.page_number,
+                page_size: page.page_size,
+            };
+            Ok(json::aliases(&call!(client, list_aliases, request)?))
+        }
+    }
+}
+
+pub(crate) fn cryptography(client: &Client, operation: CryptographyOperation) -> Result<Value, String> {
+    match operation {
+        CryptographyOperation::Encrypt {
+            key,
+            plaintext,
+            context,
+        } => {
+            let request = proto::EncryptRequest {
+                key_id: key.key_id,
+                plaintext: plaintext.0,
+                encryption_context: context.encryption_context.0,
+            };
+            Ok(json::encrypted(&call!(client, encrypt, request)?))
+        }
+        CryptographyOperation::Decrypt {
+            ciphertext_blob,
+            context,
+        } => {
+            let request = proto::DecryptRequest {
+                ciphertext_blob: ciphertext_blob.0,
+                encryption_context: context.encryption_context.0,
+            };
+            Ok(json::decrypted(&call!(client, decrypt, request)?))
+        }
+        CryptographyOperation::GenerateDataKey(asked) => {
+            let request = generate_request(asked);
+            Ok(json::generated(&call!(client, generate_data_key, request)?))
+        }
+        CryptographyOperation::GenerateDataKeyWithoutPlaintext(asked) => {
+            let request = without_plaintext(generate_request(asked));
+            Ok(json::wrapped(&call!(
+                client,
+                generate_data_key_without_plaintext,
+                request
+            )?))
+        }
+    }
+}
+
+pub(crate) fn batch(client: &Client, operation: &BatchOperation) -> Result<Value, String> {
+    match operation {
+        BatchOperation::Encrypt(items) => batch_encrypt(client, &items.items),
+        BatchOperation::Decrypt(items) => batch_decrypt(client, &items.items),
+        BatchOperation::GenerateDataKey(items) => batch_generate(client, &items.items),
+        BatchOperation::GenerateDataKeyWithoutPlaintext(items) => batch_wrap(client, &items.items),
+    }
+}
+
+fn batch_encrypt(client: &Client, items: &Value) -> Result<Value, String> {
+    let each = json::batch(items)?.into_iter().map(|item| {
+        Ok(proto::EncryptRequest {
+            key_id: item.text("KeyId")?,
+            plaintext: item.bytes("Plaintext")?,
+            encryption_context: item.context()?,
+        })
+    });
+    let items = each.collect::<Result<_, String>>()?;
+    let answer = call!(client, batch_encrypt, proto::BatchEncryptRequest { items })?;
+    Ok(outcomes!(answer, batch_encrypt_response, json::encrypted))
+}
+
+fn batch_decrypt(client: &Client, items: &Value) -> Result<Value, String> {
+    let each = json::batch(items)?.into_iter().map(|item| {
+        Ok(proto::DecryptRequest {
+            ciphertext_blob: item.bytes("CiphertextBlob")?,
+            encryption_context: item.context()?,
+        })
+    });
+    let items = each.collect::<Result<_, String>>()?;
+    let answer = call!(client, batch_decrypt, proto::BatchDecryptRequest { items })?;
+    Ok(outcomes!(answer, batch_decrypt_response, json::decrypted))
+}
+
+fn batch_generate(client: &Client, items: &Value) -> Result<Value, String> {
+    let items = json::batch(items)?
+        .iter()
+        .map(generate_item)
+        .collect::<Result<_, _>>()?;
+    let answer = call!(
+        client,
+        batch_generate_data_key,
+        proto::BatchGenerateDataKeyRequest { items }
+    )?;
+    Ok(outcomes!(
+        answer,
+        batch_generate_data_key_response,
+        json::generated
+    ))
+}
+
+fn batch_wrap(client: &Client, items: &Value) -> Result<Value, String> {
+    let items = json::batch(items)?;
+    let items = items
+        .iter()
+        .map(|item| generate_item(item).map(without_plaintext));
+    let request = proto::BatchGenerateDataKeyWithoutPlaintextRequest {
+        items: items.collect::<Result<_, _>>()?,
+    };
+    let answer = call!(client, batch_generate_data_key_without_plaintext, request)?;
+    Ok(outcomes!(
+        answer,
+        batch_generate_data_key_without_plaintext_response,
+        json::wrapped
+    ))
+}
+
+fn generate_item(item: &Item<'_>) -> Result<proto::GenerateDataKeyRequest, String> {
+    Ok(proto::GenerateDataKeyRequest {
+        key_id: item.text("KeyId")?,
+        key_spec: item.text("KeySpec")?,
+        number_of_bytes: item.number("NumberOfBytes")?,
+        encryption_context: item.context()?,
+    })
+}
+
+fn generate_request(asked: DataKey) -> proto::GenerateDataKeyRequest {
+    proto::GenerateDataKeyRequest {
+        key_id: asked.key.key_id,
+        key_spec: asked.key_spec.unwrap_or_default(),
+        number_of_bytes: asked.number_of_bytes.unwrap_or_default(),
+        encryption_context: asked.context.encryption_context.0,
+    }
+}
+
+fn without_plaintext(
+    request: proto::GenerateDataKeyRequest,
+) -> proto::GenerateDataKeyWithoutPlaintextRequest {
+    proto::GenerateDataKeyWithoutPlaintextRequest {
+        key_id: request.key_id,
+        key_spec: request.key_spec,
+        number_of_bytes: request.number_of_bytes,
+        encryption_context: request.encryption_context,
+    }
+}
+
+fn metadata(key: Option<&proto::KeyMetadata>, request_id: &str) -> Value {
+    json!({ "KeyMetadata": key.map(json::key_metadata), "RequestId": request_id })
+}
+
+fn done(request_id: &str) -> Value {
+    json!({ "RequestId": request_id })
+}
+
+/// Every error in one form: 'Code: message'.
+pub(crate) fn describe(error: &ClientError) -> String {
+    match error {
+        ClientError::Kms(error) => error.to_string(),
+        ClientError::Unreachable(_) => format!("ServiceUnavailable: {error}"),
+        _ => format!("InternalFailure: {error}"),
+    }
+}

@@ -1,0 +1,247 @@
+//! What a mounted filesystem may ask for: a session, and data keys sealed to it.
+
+use super::call::{Call, Trail};
+use super::cryptography::{Action, Outcome, Release, Request, undecipherable};
+use super::sessions::{LEASE_TTL_MS, OpenedSession, Owner, Session};
+use super::{Engine, KeyEvent, fresh_uuid, internal};
+use kms_api::proto::KeyState;
+use kms_api::session::{Binding, KeyPair, Operation, PUBLIC_KEY_LEN, REQUEST_RANDOM_LEN, Role, SessionError};
+use kms_api::{Code, KmsError};
+use kms_crypto::{NONCE_LEN, SecretKey};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use uuid::Uuid;
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// One AEAD of keys, under a session's key.
+pub(crate) struct SealedKeys {
+    pub(crate) nonce: [u8; NONCE_LEN],
+    pub(crate) sealed: Vec<u8>,
+}
+
+/// What RenewSession answers.
+pub(crate) struct Renewed {
+    pub(crate) lease_ttl_ms: u32,
+    pub(crate) revocation_epoch: u64,
+    pub(crate) keys: Vec<(Uuid, KeyState)>,
+}
+
+/// A session, as its watcher sees it.
+pub(crate) struct Watched(Arc<Session>);
+
+impl Watched {
+    pub(crate) fn concerns(&self, event: &KeyEvent) -> bool {
+        self.0.uses(event.key_id)
+    }
+}
+
+impl Engine {
+    /// Agrees on a session key with the caller's process.
+    ///
+    /// # Errors
+    /// `InvalidParameter`, `Rejected.LimitExceeded`.
+    pub(crate) fn open_session(
+        &self,
+        call: &Call,
+        client_public: &[u8],
+        volume: &[u8],
+        boot_id: &str,
+    ) -> Result<OpenedSession, KmsError> {
+        let wrong = |what| KmsError::invalid(what, "has a wrong length");
+        let client_public: [u8; PUBLIC_KEY_LEN] =
+            client_public.try_into().map_err(|_| wrong("ClientPublicKey"))?;
+        Uuid::from_slice(volume).map_err(|_| wrong("Volume"))?;
+        let this_boot = std::fs::read_to_string(BOOT_ID).map_err(|_| internal())?;
+        if boot_id != this_boot.trim() {
+            return Err(KmsError::invalid(
+                "BootId",
+                "is not that of this boot of this host",
+            ));
+        }
+        let owner = owner(call)?;
+        let id = fresh_uuid()?.into_bytes();
+        let pair = KeyPair::generate().map_err(|_| internal())?;
+        let server_public = pair.public();
+        let key = pair
+            .agree(Role::Server, id, client_public)
+            .map_err(|_| KmsError::invalid("ClientPublicKey", "gives no secret"))?;
+        let boot_ms = self.clock.boot_ms();
+        self.sessions.insert(Session::new(key, owner, boot_ms), boot_ms)?;
+        Ok(OpenedSession {
+            id,
+            server_public,
+            lease_ttl_ms: LEASE_TTL_MS,
+        })
+    }
+
+    /// Makes a 32-byte data key for each context, all or none: the wrapped keys, and the keys sealed to the session.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`; the first error of any item.
+    pub(crate) fn issue_data_keys(
+        &self,
+        call: &Call,
+        trail: &mut Trail,
+        session: &[u8],
+        request_random: &[u8],
+        key: &str,
+        contexts: &[BTreeMap<String, String>],
+    ) -> Result<(Vec<Vec<u8>>, SealedKeys), KmsError> {
+        let session = self.session(call, session)?;
+        let requests: Vec<_> = contexts
+            .iter()
+            .map(|context| Request {
+                action: Action::Generate(key, "AES_256", 0),
+                context,
+            })
+            .collect();
+        let outcomes = self.perform(trail, &requests, Release::Session)?;
+        let outcomes = outcomes.into_iter().collect::<Result<Vec<_>, _>>()?;
+        session.note_used(outcomes.iter().map(|outcome| outcome.key_id));
+        let keys = outcomes
+            .iter()
+            .map(|outcome| data_key(outcome).map(Some))
+            .collect::<Result<Vec<_>, _>>()?;
+        let wrapped: Vec<Vec<u8>> = outcomes.into_iter().map(|outcome| outcome.blob).collect();
+        let blobs: Vec<&[u8]> = wrapped.iter().map(Vec::as_slice).collect();
+        let sealed = self.seal_answer(&session, Operation::Issue, request_random, &blobs, &keys)?;
+        Ok((wrapped, sealed))
+    }
+
+    /// Unwraps 32-byte data keys: how each item went, and the keys sealed to the session.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, `InvalidParameter`; those of the items are beside them.
+    pub(crate) fn open_data_keys(
+        &self,
+        call: &Call,
+        trail: &mut Trail,
+        session: &[u8],
+        request_random: &[u8],
+        items: &[(BTreeMap<String, String>, Vec<u8>)],
+    ) -> Result<(Vec<Result<(), KmsError>>, SealedKeys), KmsError> {
+        let session = self.session(call, session)?;
+        let requests: Vec<_> = items
+            .iter()
+            .map(|(context, wrapped)| Request {
+                action: Action::Decrypt(wrapped),
+                context,
+            })
+            .collect();
+        let outcomes = self.perform(trail, &requests, Release::Session)?;
+        let mut results = Vec::with_capacity(outcomes.len());
+        let mut keys = Vec::with_capacity(outcomes.len());
+        for outcome in outcomes {
+            // A blob whose plaintext is no 256-bit key was made for something else.
+            let opened = outcome.and_then(|outcome| {
+                let key = data_key(&outcome).map_err(|_| undecipherable())?;
+                session.note_used(std::iter::once(outcome.key_id));
+                Ok(key)
+            });
+            results.push(opened.as_ref().map(|_| ()).map_err(Clone::clone));
+            keys.push(opened.ok());
+        }
+        let blobs: Vec<&[u8]> = items.iter().map(|(_, wrapped)| wrapped.as_slice()).collect();
+        let sealed = self.seal_answer(&session, Operation::Open, request_random, &blobs, &keys)?;
+        Ok((results, sealed))
+    }
+
+    /// Extends the lease. Not audited: it gives nothing away, and comes every few seconds.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`
+    pub(crate) fn renew_session(&self, call: &Call, session: &[u8]) -> Result<Renewed, KmsError> {
+        let session = self.session(call, session)?;
+        // The epoch first: a state that is read after it is at least as new, so nothing is acknowledged unseen.
+        let revocation_epoch = self.revocation_epoch();
+        let keys = session.used().into_iter().map(|id| (id, self.key_state(id)));
+        Ok(Renewed {
+            lease_ttl_ms: LEASE_TTL_MS,
+            revocation_epoch,
+            keys: keys.collect(),
+        })
+    }
+
+    /// Counts an unaudited call.
+    pub(crate) fn count_unaudited(&self, call: &Call, ok: bool) {
+        self.metrics.count(call.operation, ok);
+    }
+
+    /// # Errors
+    /// `Rejected.SessionNotFound`
+    pub(crate) fn watch_session(&self, call: &Call, session: &[u8]) -> Result<Watched, KmsError> {
+        self.session(call, session).map(Watched)
+    }
+
+    /// # Errors
+    /// `Rejected.SessionNotFound`; `InvalidParameter` for an epoch that has not come.
+    pub(crate) fn acknowledge_revocation(
+        &self,
+        call: &Call,
+        session: &[u8],
+        epoch: u64,
+    ) -> Result<(), KmsError> {
+        let session = self.session(call, session)?;
+        if epoch > self.revocation_epoch() {
+            return Err(KmsError::invalid("RevocationEpoch", "has not come yet"));
+        }
+        session.acknowledge(epoch);
+        Ok(())
+    }
+
+    /// # Errors
+    /// `Rejected.SessionNotFound`
+    pub(crate) fn close_session(&self, call: &Call, session: &[u8]) -> Result<(), KmsError> {
+        let session = self.session(call, session)?;
+        self.sessions.remove(&session);
+        Ok(())
+    }
+
+    fn session(&self, call: &Call, id: &[u8]) -> Result<Arc<Session>, KmsError> {
+        self.sessions.get(id, owner(call)?, self.clock.boot_ms())
+    }
+
+    fn seal_answer(
+        &self,
+        session: &Session,
+        operation: Operation,
+        request_random: &[u8],
+        blobs: &[&[u8]],
+        keys: &[Option<SecretKey>],
+    ) -> Result<SealedKeys, KmsError> {
+        let request_random: [u8; REQUEST_RANDOM_LEN] = request_random
+            .try_into()
+            .map_err(|_| KmsError::invalid("RequestRandom", "must be 16 bytes"))?;
+        let binding = Binding {
+            operation,
+            request_random,
+            blobs,
+        };
+        let (nonce, sealed) = session
+            .key
+            .seal(&self.session_nonces, &binding, keys)
+            .map_err(|_: SessionError| internal())?;
+        Ok(SealedKeys { nonce, sealed })
+    }
+}
+
+/// A process that the kernel cannot name could be anybody's, and has no session.
+fn owner(call: &Call) -> Result<Owner, KmsError> {
+    let (uid, pid) = (call.principal.uid, call.principal.pid);
+    if pid <= 0 {
+        return Err(KmsError::new(
+            Code::NoPermission,
+            "a session needs a process that this host can name",
+        ));
+    }
+    Ok(Owner { uid, pid })
+}
+
+fn data_key(outcome: &Outcome) -> Result<SecretKey, KmsError> {
+    SecretKey::fill_with(|out| {
+        let bytes: &[u8; 32] = outcome.plaintext.as_slice().try_into().map_err(|_| internal())?;
+        out.copy_from_slice(bytes);
+        Ok(())
+    })
+}

@@ -1,0 +1,322 @@
+//! Keys: their making, their states, and how callers name them.
+
+use super::call::{Call, KeyGuard, Trail};
+use super::{Effect, Engine, KeyEvent, KeyLock, failed, fresh_uuid, internal};
+use crate::rows::{KeyRow, VersionRow};
+use crate::store::Table;
+use kms_api::proto::KeyState;
+use kms_api::{Code, KmsError};
+use kms_crypto::SecretKey;
+use parking_lot::RwLock;
+use prost::Message;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// Keys in one keystore, at most.
+const KEYS_MAX: usize = 10_000;
+/// Bytes of a description, at most.
+const DESCRIPTION_BYTES_MAX: usize = 8192;
+const DAY_MS: i64 = 24 * 60 * 60 * 1000;
+/// Never less: the window is what a mistake can be seen in.
+const PENDING_WINDOW_DAYS: std::ops::RangeInclusive<u32> = 7..=30;
+
+/// What CreateKey is asked for; an empty string stands for the default.
+#[derive(Debug, Clone, Default)]
+pub struct NewKey {
+    /// The user's words.
+    pub description: String,
+    /// Aliyun_AES_256
+    pub key_spec: String,
+    /// ENCRYPT/DECRYPT
+    pub key_usage: String,
+    /// Aliyun_KMS
+    pub origin: String,
+    /// SOFTWARE
+    pub protection_level: String,
+}
+
+impl Engine {
+    /// Makes a key with one version, Enabled.
+    ///
+    /// # Errors
+    /// `InvalidParameter`, `Rejected.LimitExceeded`.
+    pub fn create_key(&self, call: &Call, trail: &mut Trail, new: &NewKey) -> Result<KeyRow, KmsError> {
+        if new.description.len() > DESCRIPTION_BYTES_MAX {
+            return Err(KmsError::invalid("Description", "is longer than 8192 bytes"));
+        }
+        let only = |parameter: &str, given: &str, supported: &str| match given {
+            "" => Ok(supported.to_owned()),
+            given if given == supported => Ok(supported.to_owned()),
+            _ => Err(KmsError::invalid(parameter, &format!("must be {supported}"))),
+        };
+        let (key_id, version_id) = (fresh_uuid()?, fresh_uuid()?);
+        let now = self.clock.now_ms();
+        let row = KeyRow {
+            revision: 1,
+            key_id: key_id.as_bytes().to_vec(),
+            state: KeyState::Enabled.into(),
+            key_spec: only("KeySpec", &new.key_spec, "Aliyun_AES_256")?,
+            key_usage: only("KeyUsage", &new.key_usage, "ENCRYPT/DECRYPT")?,
+            origin: only("Origin", &new.origin, "Aliyun_KMS")?,
+            protection_level: only("ProtectionLevel", &new.protection_level, "SOFTWARE")?,
+            description: new.description.clone(),
+            creator_uid: call.principal.uid,
+            created_ms: now,
+            delete_ms: None,
+            primary_version: version_id.as_bytes().to_vec(),
+            versions: vec![VersionRow {
+                version_id: version_id.as_bytes().to_vec(),
+                created_ms: now,
+            }],
+        };
+        if self.keys.read().len() >= KEYS_MAX {
+            let message = format!("this keystore holds {KEYS_MAX} keys, which is its limit");
+            return Err(KmsError::new(Code::LimitExceeded, message));
+        }
+        let material = SecretKey::generate().map_err(|_| internal())?;
+        let mut change = self.store.begin();
+        (|| {
+            change.put(Table::Keys, key_id.as_bytes(), &row.encode_to_vec())?;
+            change.put(
+                Table::Material,
+                &material_key(key_id, version_id),
+                material.expose(),
+            )
+        })()
+        .map_err(failed)?;
+        trail.note(self.arn(key_id));
+        self.commit(call, trail, change, Effect::Other, || {
+            let lock = Arc::new(RwLock::new(row.clone()));
+            self.keys.write().insert(key_id, lock);
+        })?;
+        Ok(row)
+    }
+
+    /// A key in any state.
+    ///
+    /// # Errors
+    /// `Forbidden.KeyNotFound`
+    pub fn describe_key(&self, trail: &mut Trail, key: &str) -> Result<KeyRow, KmsError> {
+        let id = self.resolve(key)?;
+        trail.note(self.arn(id));
+        Ok(self.lock_of(id)?.read().clone())
+    }
+
+    /// The ids of all keys, in order.
+    #[must_use]
+    pub fn key_ids(&self) -> Vec<Uuid> {
+        self.keys.read().keys().copied().collect()
+    }
+
+    /// What a key may do now; a key that is unknown here is destroyed to whoever asks.
+    pub(crate) fn key_state(&self, id: Uuid) -> KeyState {
+        self.lock_of(id)
+            .map_or(KeyState::Destroyed, |lock| lock.read().state())
+    }
+
+    /// Disabled -> Enabled.
+    ///
+    /// # Errors
+    /// `Rejected.StateModifiedFailed` while the key is pending.
+    pub fn enable_key(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
+        self.transition(call, trail, key, Effect::Other, |row| match row.state() {
+            KeyState::Enabled => Ok(false),
+            KeyState::Disabled => {
+                row.set_state(KeyState::Enabled);
+                Ok(true)
+            }
+            state => Err(not_from(state)),
+        })?;
+        Ok(())
+    }
+
+    /// Enabled -> Disabled. Calls that use the key have ended when this returns, and none begins.
+    ///
+    /// # Errors
+    /// `Rejected.StateModifiedFailed` while the key is pending.
+    pub fn disable_key(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
+        self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
+            KeyState::Disabled => Ok(false),
+            KeyState::Enabled => {
+                row.set_state(KeyState::Disabled);
+                Ok(true)
+            }
+            state => Err(not_from(state)),
+        })?;
+        Ok(())
+    }
+
+    /// Any state but PendingDeletion -> PendingDeletion. Answers when deletion is due.
+    ///
+    /// # Errors
+    /// `InvalidParameter` for a window outside 7 to 30 days; `Rejected.PendingDeletion` if it is so already.
+    pub fn schedule_key_deletion(
+        &self,
+        call: &Call,
+        trail: &mut Trail,
+        key: &str,
+        window_days: u32,
+    ) -> Result<i64, KmsError> {
+        if !PENDING_WINDOW_DAYS.contains(&window_days) {
+            return Err(KmsError::invalid("PendingWindowInDays", "must be 7 to 30"));
+        }
+        let delete_ms = self.clock.now_ms() + i64::from(window_days) * DAY_MS;
+        self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
+            KeyState::PendingDeletion => Err(refusal(KeyState::PendingDeletion)),
+            _ => {
+                row.set_state(KeyState::PendingDeletion);
+                row.delete_ms = Some(delete_ms);
+                Ok(true)
+            }
+        })?;
+        Ok(delete_ms)
+    }
+
+    /// PendingDeletion -> Enabled, as the cloud API has it.
+    ///
+    /// # Errors
+    /// `Rejected.StateModifiedFailed` in any other state.
+    pub fn cancel_key_deletion(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
+        self.transition(call, trail, key, Effect::Other, |row| match row.state() {
+            KeyState::PendingDeletion => {
+                row.set_state(KeyState::Enabled);
+                row.delete_ms = None;
+                Ok(true)
+            }
+            state => Err(not_from(state)),
+        })?;
+        Ok(())
+    }
+
+    /// Holds the key's write lock over `step`, which says whether it changed the row, and over the commit.
+    fn transition(
+        &self,
+        call: &Call,
+        trail: &mut Trail,
+        key: &str,
+        effect: Effect,
+        step: impl FnOnce(&mut KeyRow) -> Result<bool, KmsError>,
+    ) -> Result<(), KmsError> {
+        let id = self.resolve(key)?;
+        trail.note(self.arn(id));
+        let lock = self.lock_of(id)?;
+        let mut row = lock.write();
+        let mut next = row.clone();
+        if !step(&mut next)? {
+            return Ok(());
+        }
+        next.revision += 1;
+        let mut change = self.store.begin();
+        change
+            .put(Table::Keys, id.as_bytes(), &next.encode_to_vec())
+            .map_err(failed)?;
+        let state = next.state();
+        self.commit(call, trail, change, effect, || {
+            *row = next;
+            if state != KeyState::Enabled {
+                self.drop_materials(id);
+            }
+        })?;
+        // Nobody may be watching.
+        let _ = self.events.send(KeyEvent {
+            key_id: id,
+            state,
+            revocation_epoch: self.revocation_epoch(),
+        });
+        Ok(())
+    }
+
+    /// The key that `key` names: its id, its ARN, or an alias of it.
+    ///
+    /// # Errors
+    /// `Forbidden.KeyNotFound`, or `InvalidParameter` if nothing is named.
+    pub(super) fn resolve(&self, key: &str) -> Result<Uuid, KmsError> {
+        if key.is_empty() {
+            return Err(KmsError::invalid("KeyId", "is missing"));
+        }
+        let local = key.strip_prefix(&self.arn_prefix());
+        if let Some(alias) = [Some(key), local]
+            .into_iter()
+            .flatten()
+            .find(|name| name.starts_with("alias/"))
+        {
+            return self.alias_target(alias).ok_or_else(|| not_found(key));
+        }
+        self.resolve_id(key)
+    }
+
+    /// The key that `key` names, which may not be an alias.
+    pub(super) fn resolve_id(&self, key: &str) -> Result<Uuid, KmsError> {
+        let prefix = self.arn_prefix();
+        let id = key
+            .strip_prefix(&prefix)
+            .and_then(|rest| rest.strip_prefix("key/"))
+            .unwrap_or(key);
+        // Of the forms that a UUID has, only the hyphenated one is a key id.
+        let id = Uuid::try_parse(id).ok().filter(|_| id.len() == 36);
+        id.filter(|id| self.keys.read().contains_key(id))
+            .ok_or_else(|| not_found(key))
+    }
+
+    pub(super) fn lock_of(&self, id: Uuid) -> Result<KeyLock, KmsError> {
+        let keys = self.keys.read();
+        keys.get(&id).cloned().ok_or_else(|| not_found(&id.to_string()))
+    }
+
+    /// Takes the read locks of `ids` until the call has been recorded. In the order of the ids: two calls that took
+    /// them in different orders could, with two writers between them, wait for each other for ever.
+    pub(super) fn hold(&self, trail: &mut Trail, ids: &BTreeSet<Uuid>) {
+        for &id in ids {
+            if let Ok(lock) = self.lock_of(id) {
+                trail.held.insert(id, lock.read_arc());
+            }
+        }
+    }
+}
+
+impl Trail {
+    /// A key that was locked by [`Engine::hold`], if it is Enabled.
+    pub(super) fn usable(&self, id: Uuid) -> Result<&KeyGuard, KmsError> {
+        let guard = self.held.get(&id).ok_or_else(|| not_found(&id.to_string()))?;
+        match guard.state() {
+            KeyState::Enabled => Ok(guard),
+            state => Err(refusal(state)),
+        }
+    }
+}
+
+pub(super) fn material_key(key_id: Uuid, version_id: Uuid) -> Vec<u8> {
+    [key_id.as_bytes().as_slice(), version_id.as_bytes()].concat()
+}
+
+pub(super) fn not_found(key: &str) -> KmsError {
+    // What a caller sent is repeated to that caller, within reason.
+    let shown: String = key.chars().filter(|c| !c.is_control()).take(128).collect();
+    KmsError::new(Code::KeyNotFound, format!("no key '{shown}' here"))
+}
+
+/// Why a key in `state` cannot be used.
+fn refusal(state: KeyState) -> KmsError {
+    let (code, message) = match state {
+        KeyState::Disabled => (Code::Disabled, "the key is Disabled"),
+        KeyState::PendingDeletion => (Code::PendingDeletion, "the key is PendingDeletion"),
+        KeyState::PendingImport => (Code::PendingImport, "the key is PendingImport"),
+        KeyState::Destroyed => (Code::KeyNotFound, "the key was destroyed"),
+        KeyState::Enabled | KeyState::Unspecified => return internal(),
+    };
+    KmsError::new(code, message)
+}
+
+/// Why a key in `state` cannot go where it was told to.
+fn not_from(state: KeyState) -> KmsError {
+    let name = match state {
+        KeyState::Enabled => "Enabled",
+        KeyState::Disabled => "Disabled",
+        KeyState::PendingDeletion => "PendingDeletion",
+        KeyState::PendingImport => "PendingImport",
+        KeyState::Destroyed => "Destroyed",
+        KeyState::Unspecified => return internal(),
+    };
+    KmsError::new(Code::StateModifiedFailed, format!("the key is {name}"))
+}

@@ -1,0 +1,174 @@
+//! The keystore's directory: its lock, its files, and how they reach the disk.
+
+use rustix::fs::FlockOperation;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Why a home cannot be made or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HomeError {
+    /// `init` found something in it.
+    #[error("{0} is not empty; name a new directory")]
+    NotEmpty(PathBuf),
+    /// No slot in it.
+    #[error("{0} is not a keystore; make one with 'kmsd init --home {0}'")]
+    NotAKeystore(PathBuf),
+    /// Another daemon holds the lock.
+    #[error("another kmsd serves {0}")]
+    InUse(PathBuf),
+    /// The file system refused.
+    #[error("{path}: {source}")]
+    Io {
+        /// What was touched.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl HomeError {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self + '_ {
+        |source| Self::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+/// A keystore's directory, locked for this process until it is dropped.
+pub struct Home {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Home {
+    /// Makes an empty directory, mode 0700, and locks it. An existing empty one will do.
+    ///
+    /// # Errors
+    /// [`HomeError`]; nothing was changed unless it was made.
+    pub fn create(path: &Path) -> Result<Self, HomeError> {
+        match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                let mut entries = path.read_dir().map_err(HomeError::io(path))?;
+                if entries.next().is_some() {
+                    return Err(HomeError::NotEmpty(path.to_owned()));
+                }
+                let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+                std::fs::set_permissions(path, private).map_err(HomeError::io(path))?;
+            }
+            Err(error) => return Err(HomeError::io(path)(error)),
+        }
+        Self::lock(path)
+    }
+
+    /// Locks the home of an existing keystore.
+    ///
+    /// # Errors
+    /// [`HomeError::NotAKeystore`], [`HomeError::InUse`].
+    pub fn open(path: &Path) -> Result<Self, HomeError> {
+        if latest_epoch(path)?.is_none() {
+            return Err(HomeError::NotAKeystore(path.to_owned()));
+        }
+        Self::lock(path)
+    }
+
+    fn lock(path: &Path) -> Result<Self, HomeError> {
+        let lock_path = path.join("lock");
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(HomeError::io(&lock_path))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self {
+                path: path.to_owned(),
+                _lock: lock,
+            }),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(HomeError::InUse(path.to_owned())),
+            Err(error) => Err(HomeError::io(&lock_path)(error.into())),
+        }
+    }
+
+    /// The epoch of the newest slot.
+    ///
+    /// # Errors
+    /// [`HomeError::NotAKeystore`] if there is none.
+    pub fn epoch(&self) -> Result<u64, HomeError> {
+        latest_epoch(&self.path)?.ok_or_else(|| HomeError::NotAKeystore(self.path.clone()))
+    }
+
+    /// `slot-E`
+    #[must_use]
+    pub fn slot(&self, epoch: u64) -> PathBuf {
+        self.path.join(format!("slot-{epoch}"))
+    }
+
+    /// `root-E`
+    #[must_use]
+    pub fn root(&self, epoch: u64) -> PathBuf {
+        self.path.join(format!("root-{epoch}"))
+    }
+
+    /// `db/`
+    #[must_use]
+    pub fn database(&self) -> PathBuf {
+        self.path.join("db")
+    }
+
+    /// `audit.log`
+    #[must_use]
+    pub fn audit_log(&self) -> PathBuf {
+        audit_log(&self.path)
+    }
+}
+
+/// The audit log of a home that need not be locked.
+#[must_use]
+pub fn audit_log(home: &Path) -> PathBuf {
+    home.join("audit.log")
+}
+
+/// Writes a new file, mode 0600, and returns when it and its name are on the disk.
+pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), HomeError> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(HomeError::io(path))?;
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(HomeError::io(path))?;
+    sync_parent(path)
+}
+
+/// Makes the names in the directory of `path` durable.
+pub(crate) fn sync_parent(path: &Path) -> Result<(), HomeError> {
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent)
+        .and_then(|directory| directory.sync_all())
+        .map_err(HomeError::io(parent))
+}
+
+fn latest_epoch(path: &Path) -> Result<Option<u64>, HomeError> {
+    let entries = match path.read_dir() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries.map_err(HomeError::io(path))?,
+    };
+    let mut latest = None;
+    for entry in entries {
+        let name = entry.map_err(HomeError::io(path))?.file_name();
+        let epoch = name.to_str().and_then(|name| name.strip_prefix("slot-"));
+        latest = latest.max(epoch.and_then(|epoch| epoch.parse().ok()));
+    }
+    Ok(latest)
+}

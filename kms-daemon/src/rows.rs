@@ -1,0 +1,125 @@
+//! What the rows of the keystore hold, once opened. docs/kms-format.md says how they are keyed and sealed.
+
+use kms_api::proto::KeyState;
+use prost::Message;
+
+/// The keystore as a whole.
+#[derive(Clone, PartialEq, Message)]
+pub struct ManifestRow {
+    /// Moves with every write of this row.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+    /// UUID.
+    #[prost(bytes = "vec", tag = "2")]
+    pub keystore_id: Vec<u8>,
+    /// UUID of this replica.
+    #[prost(bytes = "vec", tag = "3")]
+    pub node_id: Vec<u8>,
+    /// The root epoch under which this row is sealed.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    /// Moves with every restrictive change; a kmsd that answers less than it once did was rolled back.
+    #[prost(uint64, tag = "5")]
+    pub state_seq: u64,
+    /// Moves with every revocation.
+    #[prost(uint64, tag = "6")]
+    pub revocation_epoch: u64,
+    /// Part of every ARN and blob.
+    #[prost(string, tag = "7")]
+    pub region: String,
+    /// Part of every ARN.
+    #[prost(string, tag = "8")]
+    pub account: String,
+    /// Milliseconds since the Unix epoch.
+    #[prost(int64, tag = "9")]
+    pub created_ms: i64,
+    /// Whether this keystore was ever opened under a clock that can be shifted.
+    #[prost(bool, tag = "10")]
+    pub test_clock: bool,
+    /// What the rows of keys, material and aliases must add up to; see `store`.
+    #[prost(bytes = "vec", tag = "11")]
+    pub row_set: Vec<u8>,
+}
+
+/// How far the audit log is known to reach.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct CheckpointRow {
+    /// Frames in the log.
+    #[prost(uint64, tag = "1")]
+    pub records: u64,
+    /// Digest of the last of them.
+    #[prost(bytes = "vec", tag = "2")]
+    pub head: Vec<u8>,
+    /// Where it ends.
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
+}
+
+/// One version of a CMK; its material is a row of its own.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct VersionRow {
+    /// UUID.
+    #[prost(bytes = "vec", tag = "1")]
+    pub version_id: Vec<u8>,
+    /// Milliseconds since the Unix epoch.
+    #[prost(int64, tag = "2")]
+    pub created_ms: i64,
+}
+
+/// One CMK. Tag 15 is kept for an idempotency token.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct KeyRow {
+    /// Moves with every write of this row.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+    /// UUID.
+    #[prost(bytes = "vec", tag = "2")]
+    pub key_id: Vec<u8>,
+    /// The numbers are those of the protocol.
+    #[prost(enumeration = "KeyState", tag = "3")]
+    pub state: i32,
+    /// Aliyun_AES_256
+    #[prost(string, tag = "4")]
+    pub key_spec: String,
+    /// ENCRYPT/DECRYPT
+    #[prost(string, tag = "5")]
+    pub key_usage: String,
+    /// Aliyun_KMS
+    #[prost(string, tag = "6")]
+    pub origin: String,
+    /// SOFTWARE
+    #[prost(string, tag = "7")]
+    pub protection_level: String,
+    /// The user's words.
+    #[prost(string, tag = "8")]
+    pub description: String,
+    /// The uid that made it.
+    #[prost(uint32, tag = "9")]
+    pub creator_uid: u32,
+    /// Milliseconds since the Unix epoch.
+    #[prost(int64, tag = "10")]
+    pub created_ms: i64,
+    /// When deletion is due; set in PendingDeletion only.
+    #[prost(int64, optional, tag = "11")]
+    pub delete_ms: Option<i64>,
+    /// UUID of the version that encrypts.
+    #[prost(bytes = "vec", tag = "12")]
+    pub primary_version: Vec<u8>,
+    /// Every version, oldest first.
+    #[prost(message, repeated, tag = "13")]
+    pub versions: Vec<VersionRow>,
+}
+
+/// One alias.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct AliasRow {
+    /// Moves with every write of this row.
+    #[prost(uint64, tag = "1")]
+    pub revision: u64,
+    /// alias/NAME
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// UUID.
+    #[prost(bytes = "vec", tag = "3")]
+    pub key_id: Vec<u8>,
+}

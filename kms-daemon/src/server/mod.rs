@@ -1,0 +1,134 @@
+//! The daemon: one engine behind one socket, until a signal ends it.
+
+mod listener;
+
+use crate::clock::SystemClock;
+use crate::engine::{Engine, OpenError};
+use crate::rpc::{FilesystemService, Gate, KmsService};
+use kms_api::MESSAGE_BYTES_MAX;
+use kms_api::proto::filesystem_keys_server::FilesystemKeysServer;
+use kms_api::proto::kms_server::KmsServer;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tonic::transport::Server;
+
+/// Calls under way on one connection, at most.
+const STREAMS_PER_CONNECTION_MAX: u32 = 128;
+/// Calls under way at all, at most; more wait.
+const BLOCKING_THREADS_MAX: usize = 64;
+/// How long a stopping daemon waits for the calls that are under way.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// How long a connection may take to answer a ping before it is given up.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+
+/// What `kmsd serve` is told.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// The keystore.
+    pub home: PathBuf,
+    /// Where to listen.
+    pub socket: PathBuf,
+    /// The socket's permission bits.
+    pub socket_mode: u32,
+}
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The keystore.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The socket.
+    #[error("socket {path}: {source}")]
+    Socket {
+        /// Where it was to be.
+        path: PathBuf,
+        /// Why it is not.
+        source: io::Error,
+    },
+    /// The runtime or a signal handler.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// gRPC's server.
+    #[error("the server failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Serves until SIGTERM or SIGINT, then finishes the calls that are under way. Prints one line on standard output when
+/// the socket accepts.
+///
+/// # Errors
+/// [`ServeError`]
+pub fn serve(options: &ServeOptions) -> Result<(), ServeError> {
+    // The keystore's lock is taken first: it decides whether what lies at the socket's path may be replaced.
+    let engine = Arc::new(Engine::open(&options.home, Arc::new(SystemClock))?);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(run(options, &engine));
+    // What still runs after the drain has not answered, and will not.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    engine.close();
+    outcome
+}
+
+async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeError> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (stop, stopping) = watch::channel(false);
+    let gate = Arc::new(Gate {
+        engine: Arc::clone(engine),
+        own_uid: rustix::process::geteuid().as_raw(),
+        stopping: stopping.clone(),
+    });
+    let listener = listener::bind(&options.socket, options.socket_mode)?;
+    let kms = KmsServer::new(KmsService(Arc::clone(&gate))).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let files =
+        FilesystemKeysServer::new(FilesystemService(gate)).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let server = Server::builder()
+        .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
+        .http2_keepalive_interval(Some(PING_INTERVAL))
+        .add_service(kms)
+        .add_service(files);
+    let mut until = stopping.clone();
+    let serving = server.serve_with_incoming_shutdown(listener::incoming(listener), async move {
+        // The sender outlives the server.
+        let _ = until.wait_for(|&stopping| stopping).await;
+    });
+    let mut serving = tokio::spawn(serving);
+    announce(options)?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        ended = &mut serving => return flatten(ended),
+    }
+    tracing::info!("stopping");
+    // First the name goes, so that nobody connects to a daemon that will not answer.
+    let _ = std::fs::remove_file(&options.socket);
+    stop.send_replace(true);
+    match tokio::time::timeout(DRAIN_MAX, serving).await {
+        Ok(ended) => flatten(ended),
+        Err(_) => {
+            tracing::warn!("calls were still under way after {DRAIN_MAX:?}");
+            Ok(())
+        }
+    }
+}
+
+fn announce(options: &ServeOptions) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "ready socket={}", options.socket.display())?;
+    out.flush()
+}
+
+fn flatten(
+    ended: Result<Result<(), tonic::transport::Error>, tokio::task::JoinError>,
+) -> Result<(), ServeError> {
+    ended.map_err(io::Error::other)?.map_err(ServeError::from)
+}

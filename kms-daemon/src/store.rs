@@ -1,0 +1,465 @@
+//! RocksDB as a store of sealed rows: nothing reaches it in the clear, and no row can be swapped, moved, put back or
+//! left out unnoticed. docs/kms-format.md gives the bytes.
+
+use crate::slot::RootSlot;
+use hmac::{Hmac, KeyInit, Mac};
+use kms_crypto::{
+    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive,
+};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
+    Direction, IteratorMode, Options, WriteBatch, WriteOptions,
+};
+use sha2::Sha256;
+use std::path::Path;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+const FORMAT: u8 = 1;
+const BLOCK_CACHE_BYTES: usize = 8 << 20;
+const WRITE_BUFFER_BYTES: usize = 4 << 20;
+const WAL_BYTES_MAX: u64 = 16 << 20;
+
+/// Why a row cannot be had or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// RocksDB failed.
+    #[error("the key store's database failed: {0}")]
+    Database(#[from] rocksdb::Error),
+    /// A row is not what was written, or a family is missing.
+    #[error("a row of the family '{0}' is damaged, or is another's")]
+    Damaged(&'static str),
+    /// The rows are not those that the manifest was written with.
+    #[error("rows were put back, taken away or added behind the daemon's back")]
+    RowSet,
+    /// A primitive failed.
+    #[error(transparent)]
+    Crypto(#[from] CryptoError),
+}
+
+/// A column family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// The keystore as a whole.
+    Manifest,
+    /// Metadata of CMKs.
+    Keys,
+    /// Material of CMK versions.
+    Material,
+    /// Aliases.
+    Aliases,
+    /// Audit records of changes that may not have reached the log.
+    PendingAudit,
+}
+
+impl Table {
+    const ALL: [Self; 5] = [
+        Self::Manifest,
+        Self::Keys,
+        Self::Material,
+        Self::Aliases,
+        Self::PendingAudit,
+    ];
+
+    /// The tables whose every row the manifest answers for.
+    const COUNTED: [Self; 3] = [Self::Keys, Self::Material, Self::Aliases];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Manifest => "manifest",
+            Self::Keys => "keys",
+            Self::Material => "material",
+            Self::Aliases => "aliases",
+            Self::PendingAudit => "pending_audit",
+        }
+    }
+}
+
+/// The XOR of a keyed hash of every counted row. It is stored sealed, so that nobody can look for rows that cancel out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RowSet(pub [u8; 32]);
+
+impl RowSet {
+    /// Adds a row that was not there, or takes one away that was.
+    pub fn toggle(&mut self, other: Self) {
+        for (mine, theirs) in self.0.iter_mut().zip(other.0) {
+            *mine ^= theirs;
+        }
+    }
+}
+
+/// A row's key, without the epoch, and its opened value.
+pub type Row = (Vec<u8>, Zeroizing<Vec<u8>>);
+
+/// A row as RocksDB has it: its whole key, and its sealed value.
+type SealedRow = (Box<[u8]>, Box<[u8]>);
+
+/// The sealed rows of one epoch.
+pub struct Store {
+    db: DB,
+    keystore_id: Uuid,
+    epoch: u64,
+    metadata: Sealer,
+    material: Sealer,
+    names: Hmac<Sha256>,
+    row_set: Hmac<Sha256>,
+    nonces: NonceSource,
+}
+
+impl Store {
+    /// Opens the database, and makes it first if `create`.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]
+    pub fn open(
+        path: &Path,
+        slot: &dyn RootSlot,
+        root: &SecretKey,
+        create: bool,
+    ) -> Result<Self, StoreError> {
+        let keystore_id = slot.keystore_id();
+        let key = |label| derive(root, KeySalt(keystore_id.as_bytes()), label);
+        let families = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.name(), family_options()));
+        let mut options = Options::default();
+        options.create_if_missing(create);
+        options.create_missing_column_families(create);
+        options.set_error_if_exists(create);
+        // What was acknowledged is whole in the log; a torn end is what was not.
+        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+        options.set_max_total_wal_size(WAL_BYTES_MAX);
+        options.set_keep_log_file_num(2);
+        options.set_stats_dump_period_sec(0);
+        options.set_max_open_files(64);
+        Ok(Self {
+            db: DB::open_cf_descriptors(&options, path, families)?,
+            keystore_id,
+            epoch: slot.epoch(),
+            metadata: Sealer::new(&key(Label::KeystoreMetadata)),
+            material: Sealer::new(&key(Label::KeystoreMaterial)),
+            names: prf(&key(Label::KeystoreNames))?,
+            row_set: prf(&key(Label::KeystoreRowSet))?,
+            nonces: NonceSource::new()?,
+        })
+    }
+
+    /// The keystore that the rows belong to.
+    #[must_use]
+    pub fn keystore_id(&self) -> Uuid {
+        self.keystore_id
+    }
+
+    /// The epoch that the rows belong to.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// A row key that says nothing about `name` to whoever lacks the root key.
+    #[must_use]
+    pub fn hidden_name(&self, name: &str) -> Vec<u8> {
+        let mut prf = self.names.clone();
+        prf.update(name.as_bytes());
+        prf.finalize().into_bytes().to_vec()
+    }
+
+    /// One row, opened.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if it is not what was written there.
+    pub fn get(&self, table: Table, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, StoreError> {
+        let full = self.full_key(key);
+        let value = self.db.get_pinned_cf(self.family(table)?, &full)?;
+        value.map(|value| self.unseal(table, &full, &value)).transpose()
+    }
+
+    /// Every row of this epoch in a table, opened, in the order of the keys.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if any is not what was written there.
+    pub fn scan(&self, table: Table) -> Result<Vec<Row>, StoreError> {
+        self.sealed_rows(table)?
+            .map(|row| {
+                let (full, value) = row?;
+                let plain = self.unseal(table, &full, &value)?;
+                Ok((full.get(8..).unwrap_or_default().to_vec(), plain))
+            })
+            .collect()
+    }
+
+    /// What the counted rows add up to now.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]
+    pub fn measure(&self) -> Result<RowSet, StoreError> {
+        let mut set = RowSet::default();
+        for table in Table::COUNTED {
+            for row in self.sealed_rows(table)? {
+                let (full, value) = row?;
+                set.toggle(self.element(table, &full, &value));
+            }
+        }
+        Ok(set)
+    }
+
+    /// Begins a batch.
+    #[must_use]
+    pub fn begin(&self) -> Change<'_> {
+        Change {
+            store: self,
+            batch: WriteBatch::default(),
+            delta: RowSet::default(),
+        }
+    }
+
+    fn sealed_rows(
+        &self,
+        table: Table,
+    ) -> Result<impl Iterator<Item = Result<SealedRow, rocksdb::Error>> + '_, StoreError> {
+        let prefix = self.epoch.to_be_bytes();
+        let rows = self.db.iterator_cf(
+            self.family(table)?,
+            IteratorMode::From(&prefix, Direction::Forward),
+        );
+        Ok(rows.take_while(move |row| row.as_ref().map_or(true, |(key, _)| key.starts_with(&prefix))))
+    }
+
+    fn seal(&self, table: Table, full_key: &[u8], plain: &[u8]) -> Result<Vec<u8>, StoreError> {
+        let nonce = self.nonces.next()?;
+        let mut value = Vec::with_capacity(1 + NONCE_LEN + plain.len() + TAG_LEN);
+        value.push(FORMAT);
+        value.extend_from_slice(&nonce.0);
+        let mut text = Zeroizing::new(plain.to_vec());
+        let tag = self
+            .sealer(table)
+            .seal(nonce, &self.aad(table, full_key), &mut text)?;
+        value.extend_from_slice(&text);
+        value.extend_from_slice(&tag.0);
+        Ok(value)
+    }
+
+    fn unseal(&self, table: Table, full_key: &[u8], value: &[u8]) -> Result<Zeroizing<Vec<u8>>, StoreError> {
+        let damaged = || StoreError::Damaged(table.name());
+        let (&[FORMAT], rest) = value.split_first_chunk::<1>().ok_or_else(damaged)? else {
+            return Err(damaged());
+        };
+        let (nonce, rest) = rest.split_first_chunk::<NONCE_LEN>().ok_or_else(damaged)?;
+        let (text, tag) = rest.split_last_chunk::<TAG_LEN>().ok_or_else(damaged)?;
+        let mut plain = Zeroizing::new(text.to_vec());
+        self.sealer(table)
+            .open(Nonce(*nonce), &self.aad(table, full_key), &mut plain, Tag(*tag))
+            .map_err(|_| damaged())?;
+        Ok(plain)
+    }
+
+    fn sealer(&self, table: Table) -> &Sealer {
+        match table {
+            Table::Material => &self.material,
+            Table::Manifest | Table::Keys | Table::Aliases | Table::PendingAudit => &self.metadata,
+        }
+    }
+
+    fn aad(&self, table: Table, full_key: &[u8]) -> Vec<u8> {
+        length_prefixed(&[self.keystore_id.as_bytes(), table.name().as_bytes(), full_key])
+    }
+
+    fn element(&self, table: Table, full_key: &[u8], value: &[u8]) -> RowSet {
+        let mut prf = self.row_set.clone();
+        prf.update(&length_prefixed(&[table.name().as_bytes(), full_key, value]));
+        RowSet(prf.finalize().into_bytes().into())
+    }
+
+    fn full_key(&self, key: &[u8]) -> Vec<u8> {
+        [&self.epoch.to_be_bytes(), key].concat()
+    }
+
+    fn family(&self, table: Table) -> Result<&ColumnFamily, StoreError> {
+        self.db
+            .cf_handle(table.name())
+            .ok_or(StoreError::Damaged(table.name()))
+    }
+}
+
+/// Rows that are written together or not at all. A row may be named once only.
+pub struct Change<'a> {
+    store: &'a Store,
+    batch: WriteBatch,
+    delta: RowSet,
+}
+
+impl Change<'_> {
+    /// Writes a row, in place of what was there.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn put(&mut self, table: Table, key: &[u8], plain: &[u8]) -> Result<(), StoreError> {
+        let full = self.store.full_key(key);
+        let value = self.store.seal(table, &full, plain)?;
+        self.forget(table, &full)?;
+        if Table::COUNTED.contains(&table) {
+            self.delta.toggle(self.store.element(table, &full, &value));
+        }
+        self.batch.put_cf(self.store.family(table)?, &full, value);
+        Ok(())
+    }
+
+    /// Removes a row.
+    ///
+    /// # Errors
+    /// [`StoreError`]
+    pub fn delete(&mut self, table: Table, key: &[u8]) -> Result<(), StoreError> {
+        let full = self.store.full_key(key);
+        self.forget(table, &full)?;
+        self.batch.delete_cf(self.store.family(table)?, &full);
+        Ok(())
+    }
+
+    /// How the counted rows' sum moves with this batch.
+    #[must_use]
+    pub fn delta(&self) -> RowSet {
+        self.delta
+    }
+
+    /// Writes the batch; durable when this returns if `sync`.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]; RocksDB then refuses every further write until it is opened anew.
+    pub fn commit(self, sync: bool) -> Result<(), StoreError> {
+        let mut options = WriteOptions::default();
+        options.set_sync(sync);
+        Ok(self.store.db.write_opt(self.batch, &options)?)
+    }
+
+    fn forget(&mut self, table: Table, full_key: &[u8]) -> Result<(), StoreError> {
+        if !Table::COUNTED.contains(&table) {
+            return Ok(());
+        }
+        if let Some(old) = self.store.db.get_pinned_cf(self.store.family(table)?, full_key)? {
+            self.delta.toggle(self.store.element(table, full_key, &old));
+        }
+        Ok(())
+    }
+}
+
+/// Each field behind its length, so that no two lists of fields share a byte string.
+pub(crate) fn length_prefixed(fields: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(fields.iter().map(|field| field.len() + 4).sum());
+    for field in fields {
+        // No field comes near 4 GiB: messages and rows are bounded by 8 MiB.
+        let length = u32::try_from(field.len()).unwrap_or(u32::MAX);
+        bytes.extend_from_slice(&length.to_be_bytes());
+        bytes.extend_from_slice(field);
+    }
+    bytes
+}
+
+fn prf(key: &SecretKey) -> Result<Hmac<Sha256>, CryptoError> {
+    // HMAC takes a key of any length; the error is only in the type.
+    Hmac::<Sha256>::new_from_slice(key.expose()).map_err(|_| CryptoError::TooLong)
+}
+
+fn family_options() -> Options {
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(&Cache::new_lru_cache(BLOCK_CACHE_BYTES));
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES);
+    // Sealed bytes do not compress.
+    options.set_compression_type(DBCompressionType::None);
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::slot::{FileRootSlot, SlotError};
+
+    fn open(home: &Path, create: bool) -> Store {
+        let root = SecretKey::fill_with(|_| Ok::<(), SlotError>(())).unwrap();
+        let path = home.join("slot-1");
+        let slot = if create {
+            FileRootSlot::create(&path, Uuid::from_bytes([1; 16]), 1, &root).unwrap()
+        } else {
+            FileRootSlot::open(&path, 1).unwrap()
+        };
+        Store::open(&home.join("db"), &slot, &root, create).unwrap()
+    }
+
+    fn raw_copy(store: &Store, from: (Table, &[u8]), to: (Table, &[u8])) {
+        let value = store
+            .db
+            .get_cf(store.family(from.0).unwrap(), store.full_key(from.1));
+        store
+            .db
+            .put_cf(
+                store.family(to.0).unwrap(),
+                store.full_key(to.1),
+                value.unwrap().unwrap(),
+            )
+            .unwrap();
+    }
+
+    #[test]
+    fn a_row_moved_to_another_key_or_family_is_damaged() {
+        let home = tempfile::tempdir().unwrap();
+        let store = open(home.path(), true);
+        let mut change = store.begin();
+        change.put(Table::Keys, b"a", b"row").unwrap();
+        change.commit(true).unwrap();
+        assert_eq!(store.get(Table::Keys, b"a").unwrap().unwrap().as_slice(), b"row");
+        for to in [(Table::Keys, b"b".as_slice()), (Table::Aliases, b"a")] {
+            raw_copy(&store, (Table::Keys, b"a"), to);
+            assert!(matches!(store.get(to.0, to.1), Err(StoreError::Damaged(_))));
+        }
+    }
+
+    #[test]
+    fn the_row_set_follows_every_change_and_sees_a_row_put_back() {
+        let home = tempfile::tempdir().unwrap();
+        let store = open(home.path(), true);
+        let mut kept = store.measure().unwrap();
+        assert_eq!(kept, RowSet::default());
+        let mut step = |change: Change<'_>| {
+            kept.toggle(change.delta());
+            change.commit(true).unwrap();
+            assert_eq!(store.measure().unwrap(), kept);
+        };
+        let mut change = store.begin();
+        change.put(Table::Keys, b"a", b"enabled").unwrap();
+        change.put(Table::Material, b"a", b"material").unwrap();
+        change.put(Table::Manifest, b"m", b"not counted").unwrap();
+        step(change);
+        let old = store
+            .db
+            .get_cf(store.family(Table::Keys).unwrap(), store.full_key(b"a"))
+            .unwrap()
+            .unwrap();
+        let mut change = store.begin();
+        change.put(Table::Keys, b"a", b"disabled").unwrap();
+        step(change);
+        let mut change = store.begin();
+        change.delete(Table::Material, b"a").unwrap();
+        step(change);
+
+        store
+            .db
+            .put_cf(store.family(Table::Keys).unwrap(), store.full_key(b"a"), old)
+            .unwrap();
+        assert_eq!(
+            store.get(Table::Keys, b"a").unwrap().unwrap().as_slice(),
+            b"enabled"
+        );
+        assert_ne!(store.measure().unwrap(), kept);
+    }
+
+    #[test]
+    fn rows_outlive_the_process() {
+        let home = tempfile::tempdir().unwrap();
+        let store = open(home.path(), true);
+        let mut change = store.begin();
+        change.put(Table::Keys, b"a", b"row").unwrap();
+        change.commit(true).unwrap();
+        drop(store);
+        assert_eq!(open(home.path(), false).scan(Table::Keys).unwrap().len(), 1);
+    }
+}
