@@ -1,0 +1,192 @@
+//! The daemon as a process: its home, its socket, its end.
+
+use crate::fixture::{KMSCTL, KMSD, Kms, base64, holds, outcome};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+#[test]
+fn init_refuses_a_home_that_is_not_empty() {
+    let kms = Kms::initialized(&[]);
+    let before = std::fs::read(kms.home().join("slot-1")).unwrap();
+    let again = Command::new(KMSD)
+        .arg("init")
+        .arg("--home")
+        .arg(kms.home())
+        .output()
+        .unwrap();
+    assert!(!again.status.success());
+    let said = String::from_utf8(again.stderr).unwrap();
+    assert!(said.contains("is not empty"), "{said}");
+    assert_eq!(said.lines().count(), 1);
+    assert_eq!(std::fs::read(kms.home().join("slot-1")).unwrap(), before);
+    assert_eq!(kms.home().metadata().unwrap().permissions().mode() & 0o777, 0o700);
+}
+
+#[test]
+fn init_refuses_a_region_that_no_arn_could_carry() {
+    let home = tempfile::tempdir().unwrap();
+    for (region, account) in [("", "1"), ("a:b", "1"), ("A", "1"), ("a", ""), ("a", "x")] {
+        let mut init = Command::new(KMSD);
+        init.arg("init").arg("--home").arg(home.path().join("h"));
+        init.arg(format!("--region={region}"))
+            .arg(format!("--account={account}"));
+        assert!(!init.output().unwrap().status.success(), "{region} {account}");
+        assert!(!home.path().join("h").exists());
+    }
+}
+
+#[test]
+fn a_home_that_is_none_is_named() {
+    let home = tempfile::tempdir().unwrap();
+    let mut serve = Command::new(KMSD);
+    let output = serve
+        .arg("serve")
+        .arg("--home")
+        .arg(home.path().join("none"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success());
+    assert!(
+        said.contains("is not a keystore; make one with 'kmsd init --home"),
+        "{said}"
+    );
+}
+
+#[test]
+fn it_starts_within_a_second_and_serves_one_home_once() {
+    let mut kms = Kms::initialized(&[]);
+    let begun = Instant::now();
+    kms.serve(&[]);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    let said = kms.serve_fails();
+    assert!(said.contains("another kmsd serves"), "{said}");
+    assert_eq!(said.lines().count(), 1);
+    kms.create_key();
+}
+
+#[test]
+fn the_socket_is_the_owner_s_alone_and_goes_with_the_daemon() {
+    let mut kms = Kms::start();
+    let mode = |path: std::path::PathBuf| path.metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(kms.socket()), 0o600);
+    assert_eq!(mode(kms.socket().parent().unwrap().to_owned()), 0o700);
+    kms.stop();
+    assert!(!kms.socket().exists());
+    let said = kms.ctl(&["list-keys"]).unwrap_err();
+    assert!(said.starts_with("ServiceUnavailable: "), "{said}");
+    kms.serve(&["--socket-mode", "0660"]);
+    assert_eq!(mode(kms.socket()), 0o660);
+}
+
+#[test]
+fn the_socket_of_a_dead_daemon_is_replaced_and_a_file_is_not() {
+    let mut kms = Kms::start();
+    kms.kill();
+    assert!(kms.socket().exists());
+    kms.serve(&[]);
+    kms.create_key();
+    kms.stop();
+    std::fs::write(kms.socket(), b"precious").unwrap();
+    let said = kms.serve_fails();
+    assert!(said.contains("is no socket"), "{said}");
+    assert_eq!(std::fs::read(kms.socket()).unwrap(), b"precious");
+}
+
+#[test]
+fn a_client_outlives_a_restart_of_the_daemon() {
+    let mut kms = Kms::start();
+    let key = kms.create_key();
+    let client = kms.client();
+    assert_eq!(client.describe_key(&key).unwrap().key_id, key);
+    kms.restart();
+    assert_eq!(client.describe_key(&key).unwrap().key_id, key);
+    kms.kill();
+    assert!(matches!(
+        client.describe_key(&key),
+        Err(kms_client::ClientError::Unreachable(_))
+    ));
+    kms.serve(&[]);
+    assert_eq!(client.describe_key(&key).unwrap().key_id, key);
+}
+
+#[test]
+fn nothing_that_is_secret_lies_in_the_home_in_the_clear() {
+    let mut kms = Kms::start();
+    let (alias, description, secret) = (
+        "alias/payroll-of-the-east",
+        "opens the vault of Mr Quill",
+        b"tell nobody",
+    );
+    let answer = kms.ctl(&["create-key", "--description", description]).unwrap();
+    let key = crate::fixture::text(&answer["KeyMetadata"]["KeyId"]);
+    kms.ctl(&["create-alias", "--alias-name", alias, "--key-id", &key])
+        .unwrap();
+    kms.ctl(&["describe-key", "--key-id", alias]).unwrap();
+    kms.code(&["describe-key", "--key-id", "alias/payroll-of-the-west"]);
+    kms.encrypt(alias, &base64(secret), "{}");
+    let data_key = kms.ctl(&["generate-data-key", "--key-id", alias]).unwrap();
+    let data_key = crate::fixture::bytes(data_key["Plaintext"].as_str().unwrap());
+    let needles: [&[u8]; 5] = [
+        alias[6..].as_bytes(),
+        description.as_bytes(),
+        secret,
+        &data_key,
+        b"of-the-west",
+    ];
+    for running in [true, false] {
+        for needle in needles {
+            assert!(
+                !holds(&kms.home(), needle),
+                "running {running}: {}",
+                String::from_utf8_lossy(needle)
+            );
+        }
+        // The search finds what is there: key ids are no secret.
+        assert!(holds(&kms.home(), key.as_bytes()));
+        if running {
+            kms.stop();
+        }
+    }
+}
+
+/// Needs root, to become somebody else; a run as another user has nothing to test here.
+#[test]
+fn a_stranger_is_refused_and_cannot_fill_the_log() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let mut kms = Kms::initialized(&[]);
+    kms.serve(&["--socket-mode", "0666"]);
+    let key = kms.create_key();
+    let open = || std::fs::Permissions::from_mode(0o755);
+    let run = kms.socket().parent().unwrap().to_owned();
+    let kmsctl = run.join("kmsctl");
+    std::fs::copy(KMSCTL, &kmsctl).unwrap();
+    for path in [&kmsctl, &run, &run.parent().unwrap().to_owned()] {
+        std::fs::set_permissions(path, open()).unwrap();
+    }
+    let before = kms.verify().unwrap()["Records"].as_u64().unwrap();
+    for uid in [12_345, 65_534] {
+        for _ in 0..5 {
+            let mut ctl = Command::new(&kmsctl);
+            ctl.arg("--socket")
+                .arg(kms.socket())
+                .args(["disable-key", "--key-id", &key]);
+            let said = outcome(&ctl.uid(uid).gid(uid).output().unwrap()).unwrap_err();
+            assert!(said.starts_with("Forbidden.NoPermission: "), "{said}");
+        }
+    }
+    assert_eq!(kms.state(&key), "Enabled");
+    let after = kms.verify().unwrap()["Records"].as_u64().unwrap();
+    assert_eq!(
+        after,
+        before + 3,
+        "one record for each stranger, one for describe-key"
+    );
+    kms.stop();
+    // What was not recorded one by one is recorded as a number at the end.
+    assert_eq!(kms.verify().unwrap()["Records"].as_u64().unwrap(), after + 2);
+}

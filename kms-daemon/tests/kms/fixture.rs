@@ -1,0 +1,228 @@
+//! One kmsd for one test.
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use kms_client::Client;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+pub const KMSD: &str = env!("CARGO_BIN_EXE_kmsd");
+pub const KMSCTL: &str = env!("CARGO_BIN_EXE_kmsctl");
+
+/// A keystore, and the daemon that serves it; both end with the test.
+pub struct Kms {
+    directory: TempDir,
+    daemon: Option<Child>,
+}
+
+impl Kms {
+    /// A new keystore, served.
+    pub fn start() -> Self {
+        let mut kms = Self::initialized(&[]);
+        kms.serve(&[]);
+        kms
+    }
+
+    /// A new keystore that nobody serves yet.
+    pub fn initialized(arguments: &[&str]) -> Self {
+        let kms = Self {
+            directory: tempfile::tempdir().unwrap(),
+            daemon: None,
+        };
+        let mut init = Command::new(KMSD);
+        init.arg("init").arg("--home").arg(kms.home()).args(arguments);
+        assert!(init.status().unwrap().success());
+        kms
+    }
+
+    /// A keystore that is a copy of `home`, that nobody serves yet.
+    pub fn copied(home: &Path) -> Self {
+        let kms = Self {
+            directory: tempfile::tempdir().unwrap(),
+            daemon: None,
+        };
+        copy(home, &kms.home());
+        kms
+    }
+
+    pub fn home(&self) -> PathBuf {
+        self.directory.path().join("home")
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("run/kmsd.sock")
+    }
+
+    pub fn log(&self) -> PathBuf {
+        self.home().join("audit.log")
+    }
+
+    /// Serves the keystore; returns when the ready line was read.
+    pub fn serve(&mut self, arguments: &[&str]) {
+        let mut daemon = self.command(arguments).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        let mut out = BufReader::new(daemon.stdout.take().unwrap());
+        out.read_line(&mut line).unwrap();
+        assert_eq!(line, format!("ready socket={}\n", self.socket().display()));
+        self.daemon = Some(daemon);
+    }
+
+    /// Serves the keystore, which must fail; gives what it said.
+    pub fn serve_fails(&self) -> String {
+        let output = self.command(&[]).output().unwrap();
+        assert!(!output.status.success());
+        assert_eq!(output.stdout, b"");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut serve = Command::new(KMSD);
+        serve.env("RUST_LOG", "warn").arg("serve").args(arguments);
+        serve
+            .arg("--home")
+            .arg(self.home())
+            .arg("--socket")
+            .arg(self.socket());
+        serve
+    }
+
+    /// Ends the daemon by SIGTERM, which must succeed.
+    pub fn stop(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        kill_process(Pid::from_child(&daemon), Signal::TERM).unwrap();
+        assert!(daemon.wait().unwrap().success());
+    }
+
+    /// Ends the daemon as a power cut would, but for the page cache.
+    pub fn kill(&mut self) {
+        let mut daemon = self.daemon.take().unwrap();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    pub fn restart(&mut self) {
+        self.stop();
+        self.serve(&[]);
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(&self.socket(), Duration::from_secs(20)).unwrap()
+    }
+
+    /// kmsctl, as a shell runs it: its JSON, or its standard error.
+    pub fn ctl(&self, arguments: &[&str]) -> Result<Value, String> {
+        let mut ctl = Command::new(KMSCTL);
+        outcome(
+            &ctl.arg("--socket")
+                .arg(self.socket())
+                .args(arguments)
+                .output()
+                .unwrap(),
+        )
+    }
+
+    /// A call that must fail, and its code.
+    pub fn code(&self, arguments: &[&str]) -> String {
+        let error = self.ctl(arguments).unwrap_err();
+        error.split_once(": ").unwrap().0.to_owned()
+    }
+
+    pub fn create_key(&self) -> String {
+        text(&self.ctl(&["create-key"]).unwrap()["KeyMetadata"]["KeyId"])
+    }
+
+    pub fn state(&self, key: &str) -> String {
+        text(&self.ctl(&["describe-key", "--key-id", key]).unwrap()["KeyMetadata"]["KeyState"])
+    }
+
+    /// A base64 blob of base64 plaintext.
+    pub fn encrypt(&self, key: &str, plaintext: &str, context: &str) -> String {
+        let arguments = [
+            "encrypt",
+            "--key-id",
+            key,
+            "--plaintext",
+            plaintext,
+            "--encryption-context",
+            context,
+        ];
+        text(&self.ctl(&arguments).unwrap()["CiphertextBlob"])
+    }
+
+    /// The base64 plaintext of a base64 blob.
+    pub fn decrypt(&self, blob: &str, context: &str) -> Result<String, String> {
+        let arguments = [
+            "decrypt",
+            "--ciphertext-blob",
+            blob,
+            "--encryption-context",
+            context,
+        ];
+        self.ctl(&arguments).map(|answer| text(&answer["Plaintext"]))
+    }
+
+    pub fn verify(&self) -> Result<Value, String> {
+        self.ctl(&["audit", "verify", "--home", self.home().to_str().unwrap()])
+    }
+}
+
+impl Drop for Kms {
+    fn drop(&mut self) {
+        if self.daemon.is_some() && !std::thread::panicking() {
+            self.stop();
+        } else if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
+
+pub fn outcome(output: &Output) -> Result<Value, String> {
+    if output.status.success() {
+        return Ok(serde_json::from_slice(&output.stdout).unwrap());
+    }
+    assert_eq!(output.stdout, b"");
+    Err(String::from_utf8(output.stderr.clone()).unwrap())
+}
+
+pub fn text(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+pub fn base64(bytes: &[u8]) -> String {
+    BASE64_STANDARD.encode(bytes)
+}
+
+pub fn bytes(base64: &str) -> Vec<u8> {
+    BASE64_STANDARD.decode(base64).unwrap()
+}
+
+pub fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in from.read_dir().unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// Whether any file under `directory` holds `needle`.
+pub fn holds(directory: &Path, needle: &[u8]) -> bool {
+    directory.read_dir().unwrap().any(|entry| {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            return holds(&path, needle);
+        }
+        let content = std::fs::read(path).unwrap();
+        content.windows(needle.len()).any(|window| window == needle)
+    })
+}
