@@ -190,7 +190,7 @@ impl Engine {
 
     /// The material of a version. The caller holds the key's lock and has seen that it is Enabled, so that nothing of a
     /// disabled key comes back into the cache.
-    fn material(&self, key_id: Uuid, version_id: Uuid) -> Result<Arc<SecretKey>, KmsError> {
+    pub(super) fn material(&self, key_id: Uuid, version_id: Uuid) -> Result<Arc<SecretKey>, KmsError> {
         let name = (key_id, version_id);
         if let Some(material) = self.materials.lock().get(&name) {
             return Ok(Arc::clone(material));

@@ -13,6 +13,8 @@ mod keys;
 mod open;
 mod refusals;
 mod sessions;
+#[cfg(test)]
+mod tests;
 
 pub use call::{Call, Principal, Trail};
 pub use keys::NewKey;

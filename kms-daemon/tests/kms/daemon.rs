@@ -130,7 +130,7 @@ fn nothing_that_is_secret_lies_in_the_home_in_the_clear() {
     let data_key = kms.ctl(&["generate-data-key", "--key-id", alias]).unwrap();
     let data_key = crate::fixture::bytes(data_key["Plaintext"].as_str().unwrap());
     let needles: [&[u8]; 5] = [
-        alias[6..].as_bytes(),
+        &alias.as_bytes()[6..],
         description.as_bytes(),
         secret,
         &data_key,
