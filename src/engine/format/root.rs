@@ -1,0 +1,74 @@
+//! The root record of a domain, rewritten in every commit; and the seal file that says how far the log reached.
+
+use super::codec::{Malformed, Reader, Writer};
+
+const VERSION: u8 = 1;
+
+/// The counters of a domain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct RootRecord {
+    /// The number of the commit that wrote this record; each commit has the next.
+    pub(crate) commit_seq: u64,
+    /// The last commit known durable when this record was built.
+    pub(crate) durable_seq: u64,
+    /// Inode numbers below this are reserved and never given out by a later mount.
+    pub(crate) ino_limit: u64,
+    /// Inodes.
+    pub(crate) inodes: u64,
+    /// Blocks of 4 KiB that are not holes.
+    pub(crate) blocks: u64,
+}
+
+impl RootRecord {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::with_capacity(41);
+        out.u8(VERSION)
+            .u64(self.commit_seq)
+            .u64(self.durable_seq)
+            .u64(self.ino_limit);
+        out.u64(self.inodes).u64(self.blocks);
+        out.finish()
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut input = Reader::new(bytes);
+        if input.u8()? != VERSION {
+            return Err(Malformed);
+        }
+        let root = Self {
+            commit_seq: input.u64()?,
+            durable_seq: input.u64()?,
+            ino_limit: input.u64()?,
+            inodes: input.u64()?,
+            blocks: input.u64()?,
+        };
+        input.end()?;
+        Ok(root)
+    }
+}
+
+/// The content of the seal file: the volume must hold every commit up to this one, or it lost some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SealRecord {
+    pub(crate) durable_seq: u64,
+}
+
+impl SealRecord {
+    pub(crate) fn encode(self) -> Vec<u8> {
+        let mut out = Writer::with_capacity(9);
+        out.u8(VERSION).u64(self.durable_seq);
+        out.finish()
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut input = Reader::new(bytes);
+        if input.u8()? != VERSION {
+            return Err(Malformed);
+        }
+        let seal = Self {
+            durable_seq: input.u64()?,
+        };
+        input.end()?;
+        Ok(seal)
+    }
+}

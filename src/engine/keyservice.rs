@@ -1,0 +1,85 @@
+//! What the engine needs of a KMS, as a trait: the adapter implements it over kmsd's session, tests in memory.
+
+use super::types::{Domain, Ino};
+use kms_crypto::SecretKey;
+use std::time::Duration;
+
+/// What a wrapped key is bound to: the encryption context, part of the authenticated data of the wrap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KeyContext {
+    /// The volume key of a domain.
+    VolumeKey {
+        /// Volume UUID.
+        volume: [u8; 16],
+        /// Key domain.
+        domain: Domain,
+        /// SHA-256 of the superblock's fixed part, so that no clear byte of it can be changed.
+        superblock_hash: [u8; 32],
+    },
+    /// The DEK of a file.
+    Dek {
+        /// Volume UUID.
+        volume: [u8; 16],
+        /// The inode, whose high bits are the domain.
+        ino: Ino,
+    },
+}
+
+/// A fresh key with its wrapped form.
+pub struct IssuedKey {
+    /// The ciphertext blob, to be stored.
+    pub wrapped: Vec<u8>,
+    /// The key.
+    pub key: SecretKey,
+}
+
+/// Why a KMS gave no key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// Disabled or pending deletion: reversible.
+    #[error("the key is disabled or pending deletion")]
+    Revoked,
+    /// Destroyed, or its material deleted.
+    #[error("the key is destroyed")]
+    Erased,
+    /// Policy or identity refuses this caller.
+    #[error("the KMS refuses this caller")]
+    Denied,
+    /// Not reached in time.
+    #[error("the KMS cannot be reached: {0}")]
+    Unreachable(String),
+    /// The blob does not authenticate under that key and context.
+    #[error("the wrapped key fails authentication")]
+    BadBlob,
+    /// Anything else the KMS said.
+    #[error("the KMS refused: {0}")]
+    Other(String),
+}
+
+/// A KMS as the engine sees it. Every call has a time limit of the implementation's.
+pub trait KeyService: Send + Sync {
+    /// Fresh keys under the volume's CMK, in the order of `contexts`.
+    ///
+    /// # Errors
+    /// One error for the whole call.
+    fn issue(&self, contexts: &[KeyContext]) -> Result<Vec<IssuedKey>, KeyError>;
+
+    /// Unwraps keys, in the order of `items`.
+    ///
+    /// # Errors
+    /// One error for the whole call, or one per item.
+    fn open(&self, items: &[(KeyContext, Vec<u8>)]) -> Result<Vec<Result<SecretKey, KeyError>>, KeyError>;
+
+    /// Renews the lease and asks for the state of the CMK: `Ok` with the lease's length when keys may be used.
+    ///
+    /// # Errors
+    /// The reason why keys may not be used.
+    fn renew(&self) -> Result<Duration, KeyError>;
+}
+
+/// What the engine tells its front end when a domain goes dark: the kernel's caches must go, too.
+pub trait CacheObserver: Send + Sync {
+    /// Drop every page, attribute and name that the kernel caches of these inodes. Called from a thread that serves
+    /// no request and holds no lock; WRITEs that it provokes are still accepted.
+    fn purge(&self, inodes: &[Ino]);
+}

@@ -1,0 +1,149 @@
+//! Slot files: one per large file, nothing in them but 4 KiB slots of ciphertext at 4 KiB offsets.
+
+use super::error::{Error, Result};
+use super::format::chunk::CHUNK;
+use super::types::Ino;
+use lru::LruCache;
+use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Open slot files kept; more are reopened on use.
+const OPEN_FILES_MAX: usize = 512;
+const SHARDS: u64 = 256;
+
+/// The slot files of a volume.
+pub(crate) struct Slots {
+    dir: PathBuf,
+    open: Mutex<LruCache<Ino, Arc<SlotFile>>>,
+}
+
+/// One open slot file.
+pub(crate) struct SlotFile(File);
+
+impl Slots {
+    /// Makes the directories of a new volume.
+    pub(crate) fn create(dir: &Path) -> Result<()> {
+        for shard in 0..SHARDS {
+            let shard = dir.join(format!("{shard:02x}"));
+            std::fs::create_dir_all(&shard).map_err(|error| Error::io("create data directory", &error))?;
+        }
+        sync_dir(dir)
+    }
+
+    pub(crate) fn new(dir: PathBuf) -> Self {
+        let open = LruCache::new(NonZeroUsize::new(OPEN_FILES_MAX).unwrap_or(NonZeroUsize::MIN));
+        Self {
+            dir,
+            open: Mutex::new(open),
+        }
+    }
+
+    fn path(&self, ino: Ino) -> PathBuf {
+        self.dir
+            .join(format!("{:02x}", ino.0 % SHARDS))
+            .join(format!("{:016x}", ino.0))
+    }
+
+    /// The slot file of an inode that has published slots.
+    pub(crate) fn existing(&self, ino: Ino) -> Result<Arc<SlotFile>> {
+        self.get(ino, OFlags::RDWR | OFlags::CLOEXEC)
+    }
+
+    /// The slot file of an inode that has none published: what an earlier crash left in it is thrown away.
+    pub(crate) fn fresh(&self, ino: Ino) -> Result<Arc<SlotFile>> {
+        let file = self.get(
+            ino,
+            OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC,
+        )?;
+        if let Some(parent) = self.path(ino).parent() {
+            sync_dir(parent)?;
+        }
+        Ok(file)
+    }
+
+    fn get(&self, ino: Ino, flags: OFlags) -> Result<Arc<SlotFile>> {
+        if let Some(file) = self.open.lock().get(&ino) {
+            return Ok(Arc::clone(file));
+        }
+        let fd = rustix::fs::open(self.path(ino), flags, Mode::RUSR | Mode::WUSR).map_err(|errno| {
+            if errno == rustix::io::Errno::NOENT {
+                return Error::Corrupt {
+                    what: format!("slot file of inode {}", ino.0),
+                };
+            }
+            Error::io("open slot file", &errno.into())
+        })?;
+        let file = Arc::new(SlotFile(File::from(fd)));
+        self.open.lock().put(ino, Arc::clone(&file));
+        Ok(file)
+    }
+
+    /// Removes a slot file whose inode is durably gone.
+    pub(crate) fn remove(&self, ino: Ino) -> Result<()> {
+        self.open.lock().pop(&ino);
+        match std::fs::remove_file(self.path(ino)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("remove slot file", &error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SlotFile {
+    /// Reads ciphertext; a file cut short is corruption, found here before any tag is checked.
+    pub(crate) fn read(&self, ino: Ino, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.0
+            .read_exact_at(into, offset)
+            .map_err(|error| match error.kind() {
+                std::io::ErrorKind::UnexpectedEof => Error::Corrupt {
+                    what: format!("slot file of inode {} at byte {offset}", ino.0),
+                },
+                _ => Error::io("read slots", &error),
+            })
+    }
+
+    pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
+        self.0
+            .write_all_at(from, offset)
+            .map_err(|error| Error::io("write slots", &error))
+    }
+
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.0
+            .sync_data()
+            .map_err(|error| Error::io("sync slots", &error))
+    }
+
+    /// Takes the space of a run, so that later writes into it find room.
+    pub(crate) fn reserve(&self, run: u64) -> Result<()> {
+        self.fallocate(FallocateFlags::empty(), run)
+    }
+
+    /// Gives the space of a run back.
+    pub(crate) fn punch(&self, run: u64) -> Result<()> {
+        self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, run)
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, run: u64) -> Result<()> {
+        let offset = run.saturating_mul(CHUNK as u64);
+        match rustix::fs::fallocate(&self.0, flags, offset, CHUNK as u64) {
+            Err(errno) if errno != rustix::io::Errno::OPNOTSUPP => {
+                Err(Error::io("allocate slots", &errno.into()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|error| Error::io("sync directory", &error))
+}

@@ -1,0 +1,245 @@
+//! The vocabulary of the engine: what goes in and comes out of [`Volume`](super::Volume).
+
+use std::fmt;
+
+/// An inode number: the key domain in the high 16 bits, a monotonic counter below; never reused.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ino(pub u64);
+
+impl Ino {
+    /// The root directory of the volume.
+    pub const ROOT: Self = Self(1);
+
+    /// The key domain the inode belongs to.
+    #[must_use]
+    pub fn domain(self) -> Domain {
+        Domain((self.0 >> 48) as u16)
+    }
+}
+
+impl fmt::Debug for Ino {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ino {}", self.0)
+    }
+}
+
+/// A key domain: a subtree under its own CMK. Domain 0 is the volume's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Domain(pub u16);
+
+impl Domain {
+    /// The domain every volume starts with; it holds the root directory.
+    pub const FIRST: Self = Self(0);
+}
+
+/// The file types of inode(7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum FileKind {
+    /// A regular file; the only kind with content and a DEK.
+    Regular = 1,
+    /// A directory.
+    Directory = 2,
+    /// A symbolic link; its target is part of the sealed inode record.
+    Symlink = 3,
+    /// A FIFO.
+    Fifo = 4,
+    /// A Unix socket.
+    Socket = 5,
+    /// A character device.
+    CharDevice = 6,
+    /// A block device.
+    BlockDevice = 7,
+}
+
+impl FileKind {
+    /// The kind whose stored number is `number`.
+    #[must_use]
+    pub fn from_u8(number: u8) -> Option<Self> {
+        Some(match number {
+            1 => Self::Regular,
+            2 => Self::Directory,
+            3 => Self::Symlink,
+            4 => Self::Fifo,
+            5 => Self::Socket,
+            6 => Self::CharDevice,
+            7 => Self::BlockDevice,
+            _ => return None,
+        })
+    }
+}
+
+/// A point in time with nanoseconds, before 1970 too: `nanos` always counts forward from `secs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Timestamp {
+    /// Seconds since 1970-01-01T00:00:00Z, negative before.
+    pub secs: i64,
+    /// Nanoseconds, below 1,000,000,000.
+    pub nanos: u32,
+}
+
+/// What stat(2) shows of an inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attr {
+    /// Inode number.
+    pub ino: Ino,
+    /// File type.
+    pub kind: FileKind,
+    /// Permission bits, with suid, sgid and sticky: `st_mode & 07777`.
+    pub perm: u16,
+    /// Hard links. 2 + subdirectories for a directory.
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number of a device node, as the kernel encodes it (`new_encode_dev`), else 0.
+    pub rdev: u32,
+    /// Size in bytes.
+    pub size: u64,
+    /// Space taken, in units of 512 bytes.
+    pub blocks: u64,
+    /// Last access.
+    pub atime: Timestamp,
+    /// Last change of content.
+    pub mtime: Timestamp,
+    /// Last change of content or attributes.
+    pub ctime: Timestamp,
+    /// Birth.
+    pub crtime: Timestamp,
+}
+
+/// Attributes to change; `None` leaves one as it is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SetAttr {
+    /// New `st_mode & 07777`.
+    pub perm: Option<u16>,
+    /// New owner.
+    pub uid: Option<u32>,
+    /// New group.
+    pub gid: Option<u32>,
+    /// New size in bytes: truncates, or extends with a hole.
+    pub size: Option<u64>,
+    /// New access time.
+    pub atime: Option<Timestamp>,
+    /// New modification time. With `size` set and this unset, it becomes now.
+    pub mtime: Option<Timestamp>,
+    /// New change time; now when unset.
+    pub ctime: Option<Timestamp>,
+    /// Clear suid, sgid (if group-executable) and security.capability, as a change of size or owner by an
+    /// unprivileged caller does.
+    pub kill_suid_sgid: bool,
+}
+
+/// What a new inode is made with.
+#[derive(Debug, Clone, Copy)]
+pub struct NewNode {
+    /// File type; a symlink is made by [`Volume::symlink`](super::Volume::symlink).
+    pub kind: FileKind,
+    /// Permission bits, the umask already applied.
+    pub perm: u16,
+    /// Owner.
+    pub uid: u32,
+    /// Group; a parent with the sgid bit overrides it.
+    pub gid: u32,
+    /// Device number for device nodes.
+    pub rdev: u32,
+}
+
+/// The flags of renameat2(2).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RenameFlags {
+    /// Fail with EEXIST if the target is there.
+    pub no_replace: bool,
+    /// Swap the two names.
+    pub exchange: bool,
+    /// Leave a whiteout (a character device 0:0) at the source.
+    pub whiteout: bool,
+}
+
+/// A position in a directory, valid until that directory is deleted, whatever else comes and goes in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Cookie(pub u64);
+
+impl Cookie {
+    /// Before the first entry.
+    pub const START: Self = Self(0);
+}
+
+/// One directory entry as readdir gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirEntry<'a> {
+    /// The inode it names.
+    pub ino: Ino,
+    /// Its file type.
+    pub kind: FileKind,
+    /// Its name: 1 to 255 bytes without '/' and NUL; `.` and `..` are among the entries given.
+    pub name: &'a [u8],
+    /// Where a later call goes on after this entry.
+    pub cookie: Cookie,
+}
+
+/// Whether the receiver of directory entries took the one it was shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// Taken; show the next.
+    Yes,
+    /// No room: it was not taken, and no other is to be shown.
+    Full,
+}
+
+/// The modes of fallocate(2) that have a meaning here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fallocate {
+    /// Reserve space; extend the size unless `keep_size`.
+    Allocate {
+        /// Leave the size as it is.
+        keep_size: bool,
+    },
+    /// Make a hole; the size stays.
+    PunchHole,
+    /// Make the range read as zeros.
+    ZeroRange {
+        /// Leave the size as it is.
+        keep_size: bool,
+    },
+}
+
+/// What lseek(2) looks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seek {
+    /// `SEEK_DATA`.
+    Data,
+    /// `SEEK_HOLE`.
+    Hole,
+}
+
+/// How setxattr(2) treats an attribute that is or is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SetXattr {
+    /// Create or replace.
+    Any,
+    /// `XATTR_CREATE`: fail with EEXIST if it is there.
+    Create,
+    /// `XATTR_REPLACE`: fail with ENODATA if it is not.
+    Replace,
+}
+
+/// What statfs(2) shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatFs {
+    /// Block size in bytes.
+    pub block_size: u32,
+    /// Blocks in all.
+    pub blocks: u64,
+    /// Free blocks.
+    pub blocks_free: u64,
+    /// Free blocks for an unprivileged caller.
+    pub blocks_available: u64,
+    /// Inodes in all.
+    pub files: u64,
+    /// Free inodes.
+    pub files_free: u64,
+    /// Longest name, in bytes.
+    pub name_max: u32,
+}
