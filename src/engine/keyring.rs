@@ -14,6 +14,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Most keys in one call to the KMS.
 pub(crate) const KEYS_PER_CALL_MAX: usize = 256;
@@ -191,11 +192,21 @@ impl Keyring {
         Ok(key)
     }
 
+    /// Renews the lease.
+    pub(crate) fn renew(&self) -> std::result::Result<Duration, KeyError> {
+        self.service.renew()
+    }
+
+    /// Whether the key of a file is in memory.
+    pub(crate) fn has_file_key(&self, ino: Ino) -> bool {
+        self.shard(ino).is_some_and(|shard| shard.lock().contains(&ino))
+    }
+
     /// Fetches the keys of several files in one call, those in memory left out. Failures show when a key is used.
     pub(crate) fn prefetch_files(&self, wanted: &[(Ino, Arc<[u8]>)]) {
         let missing: Vec<_> = wanted
             .iter()
-            .filter(|(ino, _)| self.shard(*ino).is_some_and(|shard| !shard.lock().contains(ino)))
+            .filter(|(ino, _)| !self.has_file_key(*ino))
             .map(|(ino, wrapped)| (*ino, wrapped.to_vec()))
             .collect();
         for group in missing.chunks(KEYS_PER_CALL_MAX) {
@@ -298,7 +309,7 @@ fn refusal(state: KeyState) -> Error {
     }
 }
 
-fn key_failure(ino: Ino, error: &KeyError) -> Error {
+pub(crate) fn key_failure(ino: Ino, error: &KeyError) -> Error {
     match error {
         KeyError::Revoked => Error::KeyRevoked,
         KeyError::Erased => Error::KeyErased,

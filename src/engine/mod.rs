@@ -1,22 +1,40 @@
-//! The filesystem without FUSE: [`Volume`](volume) takes inode numbers, names and buffers, and returns values and
+//! The filesystem without FUSE: [`Volume`] takes inode numbers, names and buffers, and returns values and
 //! errors. It knows no FUSE and no gRPC; keys come through [`KeyService`], time through [`Clock`].
 //!
 //! Layers, each using only those above it: `format` (bytes), `keys` (sealing), `store`, `slots` and `commit`
 //! (storage), `keyring`, `node` and `runs` (state), then the operations.
-#![expect(dead_code, reason = "the operations that use these layers are added next")]
 
+mod active;
+mod attributes;
+mod bell;
+mod chunkcache;
 mod clock;
 mod commit;
+mod content;
+mod core;
+mod directory;
+mod drain;
 mod error;
 mod format;
 mod keyring;
 mod keys;
 mod keyservice;
+mod layout;
+mod namespace;
 mod node;
+mod nursery;
+mod open;
+mod orphan;
+mod publish;
 mod runs;
+mod seal;
 mod slots;
+mod staged;
 mod store;
+mod table;
 mod types;
+mod upkeep;
+mod volume;
 
 pub use clock::{Clock, SystemClock};
 pub use error::{Error, Result};
@@ -27,3 +45,4 @@ pub use types::{
     Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr,
     StatFs, Taken, Timestamp,
 };
+pub use volume::{CreateParams, OpenError, Options, Status, Volume};

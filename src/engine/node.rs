@@ -36,6 +36,12 @@ pub(crate) struct NodeState {
 pub(crate) struct FileState {
     /// Chunks changed since the last publish: each a whole view, read before storage.
     pub(crate) pending: BTreeMap<u64, PendingChunk>,
+    /// Whether size, times or content changed since the last freeze.
+    pub(crate) dirty: bool,
+    /// Whether the node is among the active ones.
+    pub(crate) active: bool,
+    /// Whether this mount knows the slot file to be there.
+    pub(crate) has_slot_file: bool,
     /// Whether a slot was written since the last fdatasync of the slot file.
     pub(crate) slots_dirty: bool,
     pub(crate) runs: Runs,
@@ -43,8 +49,7 @@ pub(crate) struct FileState {
     pub(crate) busy: HashMap<u64, BusySlots>,
     /// Chunks with full blocks inline that could lie in slots.
     pub(crate) drainable: BTreeSet<u64>,
-    /// The last publish.
-    pub(crate) published_seq: Seq,
+    /// When content was last written.
     pub(crate) written: Option<Instant>,
     /// Rule R6: a failed sync lost data; no later one succeeds.
     pub(crate) poisoned: bool,
@@ -61,7 +66,6 @@ pub(crate) struct BusySlots {
 }
 
 /// A chunk with changes that are not published.
-#[derive(Clone)]
 pub(crate) struct PendingChunk {
     pub(crate) chunk: Chunk,
     /// Ciphertext of inline blocks that storage does not hold.
@@ -70,11 +74,26 @@ pub(crate) struct PendingChunk {
     pub(crate) touched: u32,
     /// Slots of the run that a published or frozen record names.
     pub(crate) protected: u32,
+    /// What this chunk counts for in the volume's budget of pending bytes.
+    pub(crate) accounted: u64,
 }
 
 impl PendingChunk {
-    pub(crate) fn body_bytes(&self) -> u64 {
-        self.bodies.values().map(|body| body.len() as u64).sum()
+    pub(crate) fn new(chunk: Chunk) -> Self {
+        let protected = slot_mask(&chunk);
+        Self {
+            chunk,
+            bodies: BTreeMap::new(),
+            touched: 0,
+            protected,
+            accounted: 0,
+        }
+    }
+
+    /// Memory taken, in bytes.
+    pub(crate) fn weight(&self) -> u64 {
+        let bodies: usize = self.bodies.values().map(|body| body.len()).sum();
+        (size_of::<Self>() + bodies) as u64
     }
 }
 
@@ -95,18 +114,20 @@ impl NodeState {
     pub(crate) fn new(record: InodeRecord) -> Self {
         Self {
             published: record.content,
-            record,
             file: FileState {
                 pending: BTreeMap::new(),
+                dirty: false,
+                active: false,
+                has_slot_file: record.content.runs > 0,
                 slots_dirty: false,
                 runs: Runs::default(),
                 busy: HashMap::new(),
                 drainable: BTreeSet::new(),
-                published_seq: Seq::default(),
                 written: None,
                 poisoned: false,
                 generation: next_generation(),
             },
+            record,
         }
     }
 
@@ -255,6 +276,13 @@ impl NodeTable {
 
     pub(crate) fn is_known(&self, ino: Ino) -> bool {
         Self::shard(&self.lookups, ino).is_some_and(|shard| shard.lock().contains_key(&ino))
+    }
+
+    /// Takes back every reference.
+    pub(crate) fn forget_all(&self) {
+        for shard in &self.lookups {
+            shard.lock().clear();
+        }
     }
 
     /// Every inode that the kernel may cache something of.

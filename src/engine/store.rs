@@ -3,9 +3,8 @@
 use super::error::{Error, Result};
 use super::format::rowkey::Family;
 use rocksdb::{
-    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
-    CompactOptions, DB, DBCompressionType, DBRecoveryMode, Direction, IteratorMode, Options, ReadOptions,
-    WriteBatch, WriteBufferManager, WriteOptions,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
+    Direction, IteratorMode, Options, ReadOptions, WriteBatch, WriteBufferManager, WriteOptions,
 };
 use std::path::Path;
 
@@ -15,6 +14,10 @@ const CONTENT: &str = "content";
 const BLOB_BYTES_MIN: u64 = 2048;
 /// The log is cut, by flushing the oldest memtable, past this many bytes.
 const LOG_BYTES_MAX: u64 = 256 << 20;
+
+/// A table file with this many deletions among so many neighbouring rows is compacted.
+const DELETIONS_MIN: usize = 2048;
+const DELETIONS_WINDOW: usize = 4096;
 
 /// One change of a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,15 +153,6 @@ impl Store {
         }
         Ok(())
     }
-
-    /// Rewrites a range of rows without those deleted; called when a scan had to step over many of them.
-    pub(crate) fn compact(&self, family: Family, from: &[u8], to: &[u8]) -> Result<()> {
-        let mut options = CompactOptions::default();
-        options.set_bottommost_level_compaction(BottommostLevelCompaction::Skip);
-        self.db
-            .compact_range_cf_opt(self.family(family)?, Some(from), Some(to), &options);
-        Ok(())
-    }
 }
 
 fn family_options(cache: &Cache, blob_bytes_min: Option<u64>) -> Options {
@@ -174,6 +168,8 @@ fn family_options(cache: &Cache, blob_bytes_min: Option<u64>) -> Options {
     options.set_compression_type(DBCompressionType::None);
     options.set_write_buffer_size(32 << 20);
     options.set_level_compaction_dynamic_level_bytes(true);
+    // A directory emptied and filled again must not be read through its tombstones.
+    options.add_compact_on_deletion_collector_factory(DELETIONS_WINDOW, DELETIONS_MIN, 0.5);
     if let Some(bytes) = blob_bytes_min {
         options.set_enable_blob_files(true);
         options.set_min_blob_size(bytes);

@@ -243,3 +243,8 @@ pub struct StatFs {
     /// Longest name, in bytes.
     pub name_max: u32,
 }
+
+impl StatFs {
+    /// The block size, in bytes.
+    pub(crate) const BLOCK_BYTES: u32 = 4096;
+}

@@ -1,0 +1,66 @@
+//! The nodes that hold something storage does not, or that wait for something to become durable.
+
+use super::node::{Node, NodeState};
+use super::types::Ino;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Pending content held in memory before writers must publish it themselves, in bytes.
+const PENDING_BYTES_MAX: u64 = 64 << 20;
+
+/// Keeps active nodes in memory, and counts what they hold. Its lock is a leaf: it is taken under a node's lock.
+#[derive(Default)]
+pub(crate) struct Active {
+    nodes: Mutex<HashMap<Ino, Arc<Node>>>,
+    pending_bytes: AtomicU64,
+}
+
+impl Active {
+    /// Notes that `node`, whose lock the caller holds as `state`, has work left.
+    pub(crate) fn add(&self, node: &Arc<Node>, state: &mut NodeState) {
+        if !state.file.active {
+            state.file.active = true;
+            self.nodes.lock().insert(node.ino, Arc::clone(node));
+        }
+    }
+
+    /// Notes that no work is left.
+    pub(crate) fn remove(&self, ino: Ino, state: &mut NodeState) {
+        state.file.active = false;
+        self.nodes.lock().remove(&ino);
+    }
+
+    pub(crate) fn get(&self, ino: Ino) -> Option<Arc<Node>> {
+        self.nodes.lock().get(&ino).map(Arc::clone)
+    }
+
+    pub(crate) fn inodes(&self) -> Vec<Ino> {
+        self.nodes.lock().keys().copied().collect()
+    }
+
+    /// Corrects the count of pending bytes from what a chunk counted for to what it counts for now.
+    pub(crate) fn account(&self, before: u64, now: u64) {
+        if now >= before {
+            self.pending_bytes.fetch_add(now - before, Ordering::Relaxed);
+        } else {
+            self.pending_bytes.fetch_sub(before - now, Ordering::Relaxed);
+        }
+    }
+
+    /// Content in memory that storage does not hold, in bytes, with its administration.
+    pub(crate) fn pending_bytes(&self) -> u64 {
+        self.pending_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_over_budget(&self) -> bool {
+        self.pending_bytes() > PENDING_BYTES_MAX
+    }
+
+    /// Drops every node: their content is plaintext's shadow, and the keys are going.
+    pub(crate) fn clear(&self) {
+        self.nodes.lock().clear();
+        self.pending_bytes.store(0, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,157 @@
+//! Attributes and extended attributes of an inode.
+
+use super::commit::Batch;
+use super::core::Access;
+use super::error::{Error, Result};
+use super::format::dirent::Xattr;
+use super::format::inode::InodeRecord;
+use super::format::rowkey::Table;
+use super::node::Node;
+use super::staged::Staged;
+use super::table::{NAME_BYTES_MAX, Search};
+use super::types::{Attr, FileKind, Ino, SetAttr, SetXattr, Timestamp};
+use std::sync::Arc;
+
+/// Longest value of an extended attribute, in bytes: XATTR_SIZE_MAX of xattr(7).
+const VALUE_BYTES_MAX: usize = 65_536;
+/// File capabilities, dropped whenever content or owner changes.
+const CAPABILITY: &[u8] = b"security.capability";
+const SUID: u16 = 0o4000;
+const SGID: u16 = 0o2000;
+const GROUP_EXEC: u16 = 0o010;
+
+impl Access<'_> {
+    pub(crate) fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
+        let node = self.node(ino)?;
+        let now = self.now();
+        if set.kill_suid_sgid {
+            self.drop_capabilities(&node)?;
+        }
+        match set.size {
+            Some(size) => {
+                self.regular(ino)?;
+                self.resize(&node, size, |record| apply(record, set, now))?;
+            }
+            None => {
+                let mut staged = Staged::lock(&[&node]);
+                apply(staged.record(ino)?, set, now);
+                staged.commit(self, Batch::default())?;
+            }
+        }
+        self.attr(ino)
+    }
+
+    /// Clears what must not survive a write by someone else: suid, sgid and capabilities.
+    pub(crate) fn drop_privileges(&self, node: &Arc<Node>) -> Result<()> {
+        self.drop_capabilities(node)?;
+        if node.state.read().record.perm & (SUID | SGID) == 0 {
+            return Ok(());
+        }
+        let mut staged = Staged::lock(&[node]);
+        let now = self.now();
+        let record = staged.record(node.ino)?;
+        clear_suid_sgid(record);
+        record.ctime = now;
+        staged.commit(self, Batch::default())
+    }
+
+    fn drop_capabilities(&self, node: &Arc<Node>) -> Result<()> {
+        match self.removexattr(node.ino, CAPABILITY) {
+            Err(Error::Posix(libc::ENODATA)) => Ok(()),
+            other => other,
+        }
+    }
+
+    pub(crate) fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
+        let node = self.node(ino)?;
+        let state = node.state.read();
+        if state.record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
+            return Err(Error::Posix(libc::ENODATA));
+        }
+        let found = self.search::<Xattr>(Table::Xattrs, ino, name)?.found();
+        found
+            .map(|(_, xattr)| xattr.value)
+            .ok_or(Error::Posix(libc::ENODATA))
+    }
+
+    pub(crate) fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()> {
+        if name.is_empty() || name.len() > NAME_BYTES_MAX {
+            return Err(Error::Posix(libc::ERANGE));
+        }
+        if value.len() > VALUE_BYTES_MAX {
+            return Err(Error::Posix(libc::E2BIG));
+        }
+        let node = self.node(ino)?;
+        let mut staged = Staged::lock(&[&node]);
+        let now = self.now();
+        let (place, is_new) = match (self.search::<Xattr>(Table::Xattrs, ino, name)?, how) {
+            (Search::Found(..), SetXattr::Create) => return Err(Error::Posix(libc::EEXIST)),
+            (Search::Absent(_), SetXattr::Replace) => return Err(Error::Posix(libc::ENODATA)),
+            (Search::Found(place, _), _) => (place, false),
+            (Search::Absent(place), _) => (place.ok_or(Error::Posix(libc::ENOSPC))?, true),
+        };
+        let mut batch = Batch::default();
+        let xattr = Xattr {
+            name: name.to_vec(),
+            value: value.to_vec(),
+        };
+        self.put_entry(&mut batch, Table::Xattrs, ino, place, xattr)?;
+        let record = staged.record(ino)?;
+        record.xattrs = record.xattrs.saturating_add(u32::from(is_new));
+        record.ctime = now;
+        staged.commit(self, batch)
+    }
+
+    pub(crate) fn listxattr(&self, ino: Ino) -> Result<Vec<Vec<u8>>> {
+        let node = self.node(ino)?;
+        let state = node.state.read();
+        let mut names = Vec::new();
+        if state.record.xattrs > 0 {
+            self.entries::<Xattr>(Table::Xattrs, ino, 0, |_, xattr| {
+                names.push(xattr.name);
+                Ok(true)
+            })?;
+        }
+        Ok(names)
+    }
+
+    pub(crate) fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
+        let node = self.node(ino)?;
+        if node.state.read().record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
+            return Err(Error::Posix(libc::ENODATA));
+        }
+        let mut staged = Staged::lock(&[&node]);
+        let found = self.search::<Xattr>(Table::Xattrs, ino, name)?.found();
+        let (place, _) = found.ok_or(Error::Posix(libc::ENODATA))?;
+        let mut batch = Batch::default();
+        self.remove_entry::<Xattr>(&mut batch, Table::Xattrs, ino, place, false)?;
+        let now = self.now();
+        let record = staged.record(ino)?;
+        record.xattrs = record.xattrs.saturating_sub(1);
+        record.ctime = now;
+        staged.commit(self, batch)
+    }
+}
+
+fn apply(record: &mut InodeRecord, set: &SetAttr, now: Timestamp) {
+    if set.kill_suid_sgid {
+        clear_suid_sgid(record);
+    }
+    record.perm = set.perm.map_or(record.perm, |perm| perm & 0o7777);
+    record.uid = set.uid.unwrap_or(record.uid);
+    record.gid = set.gid.unwrap_or(record.gid);
+    record.atime = set.atime.unwrap_or(record.atime);
+    record.mtime = set.mtime.or(set.size.map(|_| now)).unwrap_or(record.mtime);
+    record.ctime = set.ctime.unwrap_or(now);
+}
+
+/// sgid without group execution is no privilege but mandatory locking's old mark: it stays, as in Linux.
+fn clear_suid_sgid(record: &mut InodeRecord) {
+    if record.kind == FileKind::Directory {
+        return;
+    }
+    record.perm &= !SUID;
+    if record.perm & GROUP_EXEC != 0 {
+        record.perm &= !SGID;
+    }
+}

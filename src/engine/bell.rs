@@ -1,0 +1,48 @@
+//! Wakes a background thread before its time, or ends it.
+
+use parking_lot::{Condvar, Mutex};
+use std::time::Duration;
+
+/// Why a waiting thread goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wake {
+    /// It was rung, or its time has come.
+    Work,
+    /// It is to end.
+    Stop,
+}
+
+#[derive(Default)]
+struct State {
+    rung: bool,
+    stopped: bool,
+}
+
+/// One thread waits, any thread rings. A ring while it works is not lost.
+#[derive(Default)]
+pub(crate) struct Bell {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Bell {
+    pub(crate) fn ring(&self) {
+        self.state.lock().rung = true;
+        self.changed.notify_one();
+    }
+
+    pub(crate) fn stop(&self) {
+        self.state.lock().stopped = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits for a ring, at most `limit`.
+    pub(crate) fn wait(&self, limit: Duration) -> Wake {
+        let mut state = self.state.lock();
+        if !state.rung && !state.stopped {
+            self.changed.wait_for(&mut state, limit);
+        }
+        state.rung = false;
+        if state.stopped { Wake::Stop } else { Wake::Work }
+    }
+}

@@ -1,0 +1,52 @@
+//! Decoded chunk records as they are published: a bounded cache in front of the store.
+
+use super::format::chunk::Chunk;
+use lru::LruCache;
+use parking_lot::Mutex;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+/// Records kept, of about 1 KiB each: enough for 4 GiB of content.
+const ENTRIES_MAX: usize = 32_768;
+const SHARDS: usize = 16;
+
+/// A record's node generation and chunk index. A node that changes its generation disowns all its entries.
+type Key = (u64, u64);
+
+/// The cache. Entries are put in under the node's lock, so that none is older than what the store holds.
+pub(crate) struct ChunkCache(Vec<Mutex<LruCache<Key, Arc<Chunk>>>>);
+
+impl ChunkCache {
+    pub(crate) fn new() -> Self {
+        let per_shard = NonZeroUsize::new(ENTRIES_MAX / SHARDS).unwrap_or(NonZeroUsize::MIN);
+        Self(
+            (0..SHARDS)
+                .map(|_| Mutex::new(LruCache::new(per_shard)))
+                .collect(),
+        )
+    }
+
+    fn shard(&self, key: Key) -> Option<&Mutex<LruCache<Key, Arc<Chunk>>>> {
+        self.0
+            .get((key.0.wrapping_mul(31).wrapping_add(key.1) % SHARDS as u64) as usize)
+    }
+
+    pub(crate) fn get(&self, generation: u64, chunk: u64) -> Option<Arc<Chunk>> {
+        let key = (generation, chunk);
+        self.shard(key)?.lock().get(&key).map(Arc::clone)
+    }
+
+    pub(crate) fn put(&self, generation: u64, chunk: u64, record: Arc<Chunk>) {
+        let key = (generation, chunk);
+        if let Some(shard) = self.shard(key) {
+            shard.lock().put(key, record);
+        }
+    }
+
+    /// Drops everything: the keys are going.
+    pub(crate) fn clear(&self) {
+        for shard in &self.0 {
+            shard.lock().clear();
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! What an open volume consists of, and how an operation gets at it: through an [`Access`], which proves that the
+//! volume's keys may be used for as long as it is held.
+
+use super::active::Active;
+use super::bell::Bell;
+use super::chunkcache::ChunkCache;
+use super::clock::Clock;
+use super::commit::{Batch, Committer, Seq};
+use super::error::{Error, Result};
+use super::format::inode::InodeRecord;
+use super::format::rowkey::{self, Family};
+use super::keyring::{Admission, Keyring, Purpose};
+use super::keys::{DomainKeys, FileKey};
+use super::keyservice::CacheObserver;
+use super::node::{Node, NodeTable};
+use super::nursery::Nursery;
+use super::orphan::Orphans;
+use super::slots::Slots;
+use super::store::Store;
+use super::types::{FileKind, Ino, Timestamp};
+use super::volume::Options;
+use parking_lot::Mutex;
+use std::fs::File;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+/// The parts of an open volume.
+pub(crate) struct Core {
+    pub(crate) dir: PathBuf,
+    pub(crate) options: Options,
+    pub(crate) store: Arc<Store>,
+    pub(crate) committer: Committer,
+    pub(crate) keyring: Keyring,
+    pub(crate) slots: Slots,
+    pub(crate) nodes: NodeTable,
+    pub(crate) chunks: ChunkCache,
+    pub(crate) nursery: Nursery,
+    pub(crate) active: Active,
+    pub(crate) orphans: Orphans,
+    /// Held by renames from one directory to another: while it is, no directory's ancestors change.
+    pub(crate) rename: Mutex<()>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) observer: Mutex<Option<Arc<dyn CacheObserver>>>,
+    /// What the seal file says.
+    pub(crate) sealed: Mutex<Seq>,
+    /// Wakes the thread that publishes, drains and reclaims.
+    pub(crate) upkeep_bell: Bell,
+    /// Wakes the thread that watches the CMK's state.
+    pub(crate) key_bell: Bell,
+    /// Work for the thread that fetches keys ahead of their use.
+    pub(crate) fetches: SyncSender<Fetch>,
+    /// Holds the volume's exclusive flock(2).
+    pub(crate) _lock: File,
+}
+
+/// A job for the thread that fetches keys ahead of their use.
+#[derive(Debug)]
+pub(crate) enum Fetch {
+    /// Fresh DEKs for inodes not yet born.
+    Nursery,
+    /// The DEKs of files that a directory listing showed.
+    Files(Vec<Ino>),
+    /// The volume is being closed.
+    Stop,
+}
+
+/// A volume whose keys are there, for the length of one operation.
+pub(crate) struct Access<'c> {
+    core: &'c Core,
+    admission: Admission<'c>,
+}
+
+impl Deref for Access<'_> {
+    type Target = Core;
+
+    fn deref(&self) -> &Core {
+        self.core
+    }
+}
+
+impl Core {
+    /// Access for an operation that shows something to a program.
+    pub(crate) fn serve(&self) -> Result<Access<'_>> {
+        self.access(Purpose::Serve)
+    }
+
+    /// Access for an operation that a program makes to change something.
+    pub(crate) fn change(&self) -> Result<Access<'_>> {
+        self.refuse_read_only()?;
+        self.access(Purpose::Serve)
+    }
+
+    /// Access for an operation that takes in what was accepted before the key was revoked.
+    pub(crate) fn drain(&self) -> Result<Access<'_>> {
+        self.refuse_read_only()?;
+        self.access(Purpose::Drain)
+    }
+
+    fn access(&self, purpose: Purpose) -> Result<Access<'_>> {
+        Ok(Access {
+            core: self,
+            admission: self.keyring.admit(purpose)?,
+        })
+    }
+
+    fn refuse_read_only(&self) -> Result<()> {
+        if self.options.read_only {
+            Err(Error::Posix(libc::EROFS))
+        } else {
+            Ok(())
+        }
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    /// Hands a job to the fetching thread; with its queue full the keys are fetched when they are needed.
+    pub(crate) fn fetch_ahead(&self, job: Fetch) {
+        if let Err(error) = self.fetches.try_send(job) {
+            tracing::debug!(%error, "no key is fetched ahead");
+        }
+    }
+}
+
+impl Access<'_> {
+    pub(crate) fn keys(&self) -> &DomainKeys {
+        self.admission.keys()
+    }
+
+    /// The opened row of the family `meta` under `key`, which belongs to `ino`.
+    pub(crate) fn row(&self, ino: Ino, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        let sealed = self.store.get(Family::Meta, key)?;
+        sealed.map(|sealed| self.open_row(ino, key, &sealed)).transpose()
+    }
+
+    pub(crate) fn open_row(&self, ino: Ino, key: &[u8], sealed: &[u8]) -> Result<Vec<u8>> {
+        self.keys()
+            .open_row(Family::Meta, key, sealed)
+            .ok_or_else(|| Error::corrupt_inode(ino))
+    }
+
+    pub(crate) fn put_row(&self, batch: &mut Batch, key: Vec<u8>, plain: &[u8]) -> Result<()> {
+        let sealed = self.keys().seal_row(Family::Meta, &key, plain)?;
+        batch.put(Family::Meta, key, sealed);
+        Ok(())
+    }
+
+    pub(crate) fn put_inode(&self, batch: &mut Batch, ino: Ino, record: &InodeRecord) -> Result<()> {
+        self.put_row(batch, rowkey::inode(ino), &record.encode())
+    }
+
+    pub(crate) fn commit(&self, batch: Batch) -> Result<Seq> {
+        self.committer.commit(self.keys(), batch)
+    }
+
+    /// The stored record of an inode that may not be there.
+    pub(crate) fn stored_record(&self, ino: Ino) -> Result<Option<InodeRecord>> {
+        let plain = self.row(ino, &rowkey::inode(ino))?;
+        plain.map(|plain| decode_record(ino, &plain)).transpose()
+    }
+
+    /// The node of an inode.
+    ///
+    /// # Errors
+    /// ESTALE if there is no such inode.
+    pub(crate) fn node(&self, ino: Ino) -> Result<Arc<Node>> {
+        if let Some(node) = self.nodes.get(ino) {
+            return Ok(node);
+        }
+        let record = self.stored_record(ino)?.ok_or(Error::Posix(libc::ESTALE))?;
+        Ok(self.nodes.insert(Node::new(ino, record)))
+    }
+
+    /// The node of a directory.
+    ///
+    /// # Errors
+    /// ENOTDIR if it is none.
+    pub(crate) fn directory(&self, ino: Ino) -> Result<Arc<Node>> {
+        let node = self.node(ino)?;
+        let kind = node.state.read().record.kind;
+        if kind == FileKind::Directory {
+            Ok(node)
+        } else {
+            Err(Error::Posix(libc::ENOTDIR))
+        }
+    }
+
+    /// The node of a regular file.
+    ///
+    /// # Errors
+    /// EISDIR for a directory, EINVAL for other kinds.
+    pub(crate) fn regular(&self, ino: Ino) -> Result<Arc<Node>> {
+        let node = self.node(ino)?;
+        let kind = node.state.read().record.kind;
+        match kind {
+            FileKind::Regular => Ok(node),
+            FileKind::Directory => Err(Error::Posix(libc::EISDIR)),
+            _ => Err(Error::Posix(libc::EINVAL)),
+        }
+    }
+
+    /// The content key of a regular file. May ask the KMS, so no lock is to be held.
+    pub(crate) fn file_key(&self, node: &Node) -> Result<Arc<FileKey>> {
+        let wrapped = Arc::clone(&node.state.read().record.wrapped_dek);
+        self.keyring.file_key(node.ino, &wrapped)
+    }
+}
+
+pub(crate) fn decode_record(ino: Ino, plain: &[u8]) -> Result<InodeRecord> {
+    InodeRecord::decode(plain).map_err(|_| Error::corrupt_inode(ino))
+}

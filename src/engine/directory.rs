@@ -1,0 +1,177 @@
+//! Listing directories. A cookie is the place of an entry in its directory's table, so that it stays good while
+//! other entries come and go.
+
+use super::core::{Access, Fetch, decode_record};
+use super::error::{Error, Result};
+use super::format::dirent::Dirent;
+use super::format::rowkey::{self, Family, Table};
+use super::types::{Attr, Cookie, DirEntry, FileKind, Ino, Taken};
+
+/// Entries read under one holding of the directory's lock.
+const BATCH: usize = 128;
+/// Cookies of the entries that every directory has; places are above.
+const DOT: u64 = 1;
+const DOT_DOT: u64 = 2;
+
+/// An entry with the place it was found at.
+struct Listed {
+    place: u64,
+    entry: Dirent,
+}
+
+impl Access<'_> {
+    /// Shows the entries behind `from`, `.` and `..` first.
+    pub(crate) fn readdir(
+        &self,
+        dir: Ino,
+        from: Cookie,
+        take: &mut dyn FnMut(&DirEntry<'_>) -> Taken,
+    ) -> Result<()> {
+        self.list(dir, from, false, &mut |entry, _| take(entry))
+    }
+
+    /// The same with attributes. Each entry taken, but `.` and `..`, counts one reference of the kernel's.
+    pub(crate) fn readdirplus(
+        &self,
+        dir: Ino,
+        from: Cookie,
+        take: &mut dyn FnMut(&DirEntry<'_>, &Attr) -> Taken,
+    ) -> Result<()> {
+        self.list(dir, from, true, &mut |entry, attr| {
+            attr.map_or(Taken::Full, |attr| take(entry, attr))
+        })
+    }
+
+    fn list(
+        &self,
+        dir: Ino,
+        from: Cookie,
+        plus: bool,
+        take: &mut dyn FnMut(&DirEntry<'_>, Option<&Attr>) -> Taken,
+    ) -> Result<()> {
+        let node = self.directory(dir)?;
+        let parent = node.state.read().record.parent;
+        let mut after = from.0;
+        for (cookie, name, ino) in [(DOT, b".".as_slice(), dir), (DOT_DOT, b"..", parent)] {
+            if after < cookie {
+                let attr = if plus { Some(self.attr(ino)?) } else { None };
+                let entry = DirEntry {
+                    ino,
+                    kind: FileKind::Directory,
+                    name,
+                    cookie: Cookie(cookie),
+                };
+                if take(&entry, attr.as_ref()) == Taken::Full {
+                    return Ok(());
+                }
+                after = cookie;
+            }
+        }
+        loop {
+            let batch = self.list_batch(dir, after, plus)?;
+            let files = batch
+                .iter()
+                .filter(|listed| listed.entry.kind == FileKind::Regular);
+            let files: Vec<_> = files.map(|listed| listed.entry.ino).collect();
+            if !files.is_empty() {
+                self.fetch_ahead(Fetch::Files(files));
+            }
+            let shown = self.show(&batch, plus, take);
+            if plus {
+                let taken = *shown.as_ref().unwrap_or(&0);
+                for listed in batch.iter().skip(taken) {
+                    self.forget(listed.entry.ino, 1);
+                }
+            }
+            if shown? < batch.len() || batch.len() < BATCH {
+                return Ok(());
+            }
+            after = batch.last().map_or(after, |listed| listed.place);
+        }
+    }
+
+    /// Reads entries; with `plus` each is counted as known to the kernel, under the lock that an unlink takes too.
+    fn list_batch(&self, dir: Ino, after: u64, plus: bool) -> Result<Vec<Listed>> {
+        let node = self.directory(dir)?;
+        let _held = node.state.read();
+        let mut batch = Vec::with_capacity(BATCH);
+        self.entries(Table::Dirents, dir, after, |place, entry| {
+            batch.push(Listed { place, entry });
+            Ok(batch.len() < BATCH)
+        })?;
+        if plus {
+            for listed in &batch {
+                self.nodes.looked_up(listed.entry.ino);
+            }
+        }
+        Ok(batch)
+    }
+
+    /// How many entries were taken.
+    fn show(
+        &self,
+        batch: &[Listed],
+        plus: bool,
+        take: &mut dyn FnMut(&DirEntry<'_>, Option<&Attr>) -> Taken,
+    ) -> Result<usize> {
+        let attrs = if plus { self.attrs(batch)? } else { Vec::new() };
+        for (index, Listed { place, entry }) in batch.iter().enumerate() {
+            let shown = DirEntry {
+                ino: entry.ino,
+                kind: entry.kind,
+                name: &entry.name,
+                cookie: Cookie(*place),
+            };
+            if take(&shown, attrs.get(index)) == Taken::Full {
+                return Ok(index);
+            }
+        }
+        Ok(batch.len())
+    }
+
+    /// Attributes of a whole batch: from the nodes in memory, the others in one read that makes no nodes.
+    fn attrs(&self, batch: &[Listed]) -> Result<Vec<Attr>> {
+        let known: Vec<_> = batch
+            .iter()
+            .map(|listed| self.nodes.get(listed.entry.ino))
+            .collect();
+        let unknown = batch.iter().zip(&known).filter(|(_, node)| node.is_none());
+        let keys: Vec<_> = unknown
+            .map(|(listed, _)| rowkey::inode(listed.entry.ino))
+            .collect();
+        let mut rows = keys.iter().zip(self.store.multi_get(Family::Meta, &keys)?);
+        let attrs = batch.iter().zip(known).map(|(listed, node)| {
+            let ino = listed.entry.ino;
+            if let Some(node) = node {
+                return Ok(node.state.read().record.attr(ino));
+            }
+            let Some((key, Some(sealed))) = rows.next() else {
+                return Err(Error::corrupt_inode(ino));
+            };
+            Ok(decode_record(ino, &self.open_row(ino, key, &sealed)?)?.attr(ino))
+        });
+        attrs.collect()
+    }
+
+    /// Fetches the DEKs of files that a listing showed.
+    pub(crate) fn prefetch_keys(&self, files: &[Ino]) -> Result<()> {
+        let missing: Vec<_> = files
+            .iter()
+            .copied()
+            .filter(|ino| !self.keyring.has_file_key(*ino))
+            .collect();
+        let keys: Vec<_> = missing.iter().map(|ino| rowkey::inode(*ino)).collect();
+        let rows = self.store.multi_get(Family::Meta, &keys)?;
+        let mut wanted = Vec::with_capacity(missing.len());
+        for ((ino, key), sealed) in missing.iter().zip(&keys).zip(rows) {
+            // A file may have been deleted since.
+            let Some(sealed) = sealed else { continue };
+            wanted.push((
+                *ino,
+                decode_record(*ino, &self.open_row(*ino, key, &sealed)?)?.wrapped_dek,
+            ));
+        }
+        self.keyring.prefetch_files(&wanted);
+        Ok(())
+    }
+}

@@ -1,0 +1,89 @@
+//! Inodes not yet born: numbers reserved durably and, for regular files, DEKs issued ahead, so that a create
+//! waits for neither the log nor the KMS.
+
+use super::core::{Access, Fetch};
+use super::error::{Error, Result};
+use super::keyring::{FreshKey, KEYS_PER_CALL_MAX};
+use super::types::Ino;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+
+/// Numbers reserved at a time for inodes that need no key.
+const PLAIN_BATCH: u64 = 256;
+
+/// The pools. Each has a lock for taking and one for refilling, taken in the order refill, take.
+pub(crate) struct Nursery {
+    /// DEKs asked for in one call; below half of it a refill is started.
+    batch: usize,
+    files: Mutex<VecDeque<(Ino, FreshKey)>>,
+    files_refill: Mutex<()>,
+    plain: Mutex<VecDeque<Ino>>,
+}
+
+impl Nursery {
+    pub(crate) fn new(dek_prefetch: usize) -> Self {
+        Self {
+            batch: dek_prefetch.clamp(1, KEYS_PER_CALL_MAX),
+            files: Mutex::default(),
+            files_refill: Mutex::default(),
+            plain: Mutex::default(),
+        }
+    }
+
+    /// Drops every key. The numbers go with them: they are never reused.
+    pub(crate) fn clear(&self) {
+        self.files.lock().clear();
+    }
+
+    fn take_file(&self) -> (Option<(Ino, FreshKey)>, usize) {
+        let mut files = self.files.lock();
+        (files.pop_front(), files.len())
+    }
+}
+
+impl Access<'_> {
+    /// A number and a DEK for a new regular file.
+    pub(crate) fn unborn_file(&self) -> Result<(Ino, FreshKey)> {
+        loop {
+            let (taken, left) = self.nursery.take_file();
+            if left == self.nursery.batch / 2 {
+                self.fetch_ahead(Fetch::Nursery);
+            }
+            match taken {
+                Some(taken) => return Ok(taken),
+                None => self.refill_nursery(0)?,
+            }
+        }
+    }
+
+    /// Fetches one more batch, if no more than `left_max` are left.
+    pub(crate) fn refill_nursery(&self, left_max: usize) -> Result<()> {
+        let _one_at_a_time = self.nursery.files_refill.lock();
+        if self.nursery.files.lock().len() > left_max {
+            return Ok(());
+        }
+        let inodes = self.reserve(self.nursery.batch as u64)?;
+        let keys = self.keyring.issue(&inodes)?;
+        self.nursery.files.lock().extend(inodes.into_iter().zip(keys));
+        Ok(())
+    }
+
+    /// As many as are worth a refill in the background.
+    pub(crate) fn refill_nursery_ahead(&self) -> Result<()> {
+        self.refill_nursery(self.nursery.batch / 2)
+    }
+
+    /// A number for a new inode of any other kind.
+    pub(crate) fn unborn_plain(&self) -> Result<Ino> {
+        let mut plain = self.nursery.plain.lock();
+        if plain.is_empty() {
+            plain.extend(self.reserve(PLAIN_BATCH)?);
+        }
+        plain.pop_front().ok_or(Error::Posix(libc::ENOSPC))
+    }
+
+    fn reserve(&self, count: u64) -> Result<Vec<Ino>> {
+        let first = self.committer.reserve_inodes(self.keys(), count)?;
+        Ok((first..first.saturating_add(count)).map(Ino).collect())
+    }
+}

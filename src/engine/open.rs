@@ -1,0 +1,313 @@
+//! Making a volume, and opening one.
+
+use super::active::Active;
+use super::bell::Bell;
+use super::chunkcache::ChunkCache;
+use super::clock::{Clock, SystemClock};
+use super::commit::{Batch, Committer, Seq};
+use super::core::Core;
+use super::error::{Error, Result};
+use super::format::root::RootRecord;
+use super::format::rowkey::{self, Family};
+use super::format::superblock::{self, Superblock, SuperblockError};
+use super::keyring::{Keyring, Purpose, key_failure};
+use super::keys::DomainKeys;
+use super::keyservice::{IssuedKey, KeyContext, KeyError, KeyService};
+use super::namespace::new_record;
+use super::node::NodeTable;
+use super::nursery::Nursery;
+use super::orphan::Orphans;
+use super::seal;
+use super::slots::{Slots, sync_dir};
+use super::store::Store;
+use super::types::{Domain, FileKind, Ino, NewNode};
+use super::upkeep::{self, Lease};
+use super::volume::{Options, Volume};
+use parking_lot::Mutex;
+use rustix::fs::FlockOperation;
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::sync_channel;
+
+const SUPERBLOCK: &str = "superblock";
+const META: &str = "meta";
+const DATA: &str = "data";
+/// Held by flock(2) while the volume is open.
+const LOCK: &str = "lock";
+/// RocksDB's memory while a volume is made, in bytes.
+const CREATE_CACHE_BYTES: usize = 8 << 20;
+/// Jobs that may wait for the thread that fetches keys; more are left to be fetched on use.
+const FETCHES_MAX: usize = 64;
+/// Slack for the first inode numbers: 0 is none, 1 the root directory.
+const FIRST_FREE_INO: u64 = 2;
+
+/// What a new volume is made with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateParams {
+    /// The ARN of the CMK.
+    pub cmk_arn: String,
+    /// Owner of the root directory.
+    pub uid: u32,
+    /// Group of the root directory.
+    pub gid: u32,
+}
+
+/// Why a volume cannot be opened.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Another process has it open.
+    #[error("the volume is mounted already")]
+    AlreadyMounted,
+    /// There is no superblock.
+    #[error("this is no cmkfs volume: it has no superblock")]
+    NotAVolume,
+    /// It was made by a later version.
+    #[error("the volume has format version {found}; this program knows versions up to {known}")]
+    FutureFormat {
+        /// The volume's version.
+        found: u32,
+        /// The highest version known here.
+        known: u32,
+    },
+    /// The KMS does not give its key.
+    #[error("{0}")]
+    Key(#[from] KeyError),
+    /// What storage holds is not what was written.
+    #[error("the volume is damaged: {0}")]
+    Damaged(String),
+    /// Storage failed.
+    #[error("{0}")]
+    Engine(Error),
+}
+
+impl From<Error> for OpenError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Corrupt { what } => Self::Damaged(format!("{what} fails authentication")),
+            other => Self::Engine(other),
+        }
+    }
+}
+
+impl From<SuperblockError> for OpenError {
+    fn from(error: SuperblockError) -> Self {
+        match error {
+            SuperblockError::NotAVolume => Self::NotAVolume,
+            SuperblockError::Future(found) => Self::FutureFormat {
+                found,
+                known: superblock::VERSION,
+            },
+            SuperblockError::Malformed => Self::Damaged("the superblock is malformed".to_owned()),
+        }
+    }
+}
+
+impl Superblock {
+    /// Reads the superblock of the volume in `dir`. Nothing in it is authenticated until the volume is opened.
+    ///
+    /// # Errors
+    /// [`OpenError::NotAVolume`], [`OpenError::FutureFormat`], or that it cannot be read.
+    pub fn read(dir: &Path) -> std::result::Result<Self, OpenError> {
+        let mut bytes = Vec::new();
+        let file = File::open(dir.join(SUPERBLOCK));
+        let read = file.and_then(|file| file.take(superblock::LENGTH_MAX).read_to_end(&mut bytes));
+        read.map_err(|error| match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => OpenError::NotAVolume,
+            _ => OpenError::Engine(Error::io("read the superblock", &error)),
+        })?;
+        Ok(Self::decode(&bytes)?)
+    }
+}
+
+impl Volume {
+    /// Makes a volume in `dir`, which is empty or not there, and leaves nothing behind if that fails.
+    ///
+    /// # Errors
+    /// [`Error::Posix`] with ENOTEMPTY; the KMS's refusal to issue a volume key; storage's own.
+    pub fn create(dir: &Path, params: &CreateParams, keys: &dyn KeyService, volume: [u8; 16]) -> Result<()> {
+        let existed = dir.exists();
+        std::fs::create_dir_all(dir).map_err(|error| Error::io("create the volume", &error))?;
+        let mut entries = std::fs::read_dir(dir).map_err(|error| Error::io("read the directory", &error))?;
+        if entries.next().is_some() {
+            return Err(Error::Posix(libc::ENOTEMPTY));
+        }
+        make(dir, params, keys, volume).inspect_err(|_| {
+            for name in [META, DATA] {
+                let _gone = std::fs::remove_dir_all(dir.join(name));
+            }
+            for name in [SUPERBLOCK, LOCK, seal::NAME, seal::NEW_NAME] {
+                let _gone = std::fs::remove_file(dir.join(name));
+            }
+            if !existed {
+                let _gone = std::fs::remove_dir(dir);
+            }
+        })
+    }
+
+    /// Opens the volume in `dir` and starts its background threads.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(
+        dir: &Path,
+        options: Options,
+        keys: Arc<dyn KeyService>,
+        clock: Arc<dyn Clock>,
+    ) -> std::result::Result<Arc<Self>, OpenError> {
+        let superblock = Superblock::read(dir)?;
+        let lock = take_lock(dir)?;
+        let keyring = Keyring::open(
+            keys,
+            superblock.volume(),
+            superblock.hash(),
+            superblock.wrapped_vk().to_vec(),
+            options.dek_cache_entries_max,
+        )?;
+        let lease = Lease {
+            asked: clock.monotonic(),
+            length: keyring.renew()?,
+        };
+        let store = Arc::new(Store::open(&dir.join(META), options.block_cache_bytes)?);
+        let (root, sealed) = {
+            let admission = keyring.admit(Purpose::Serve)?;
+            let sealed = seal::read(dir, admission.keys())?;
+            (read_root(&store, admission.keys(), sealed)?, sealed)
+        };
+        let (fetches, jobs) = sync_channel(FETCHES_MAX);
+        let core = Arc::new(Core {
+            committer: Committer::new(Arc::clone(&store), root),
+            store,
+            keyring,
+            slots: Slots::new(dir.join(DATA)),
+            nodes: NodeTable::new(options.node_cache_entries_max),
+            chunks: ChunkCache::new(),
+            nursery: Nursery::new(options.dek_prefetch),
+            active: Active::default(),
+            orphans: Orphans::default(),
+            rename: Mutex::new(()),
+            clock,
+            observer: Mutex::new(None),
+            sealed: Mutex::new(sealed),
+            upkeep_bell: Bell::default(),
+            key_bell: Bell::default(),
+            fetches,
+            dir: dir.to_path_buf(),
+            options,
+            _lock: lock,
+        });
+        let access = core.serve()?;
+        access.directory(Ino::ROOT)?;
+        if !options.read_only {
+            access.collect_orphans()?;
+        }
+        drop(access);
+        let threads = upkeep::start(&core, jobs, lease)
+            .map_err(|error| OpenError::Engine(Error::io("start a thread", &error)))?;
+        Ok(Arc::new(Self {
+            core,
+            threads: Mutex::new(threads),
+            closed: AtomicBool::new(false),
+        }))
+    }
+}
+
+fn take_lock(dir: &Path) -> std::result::Result<File, OpenError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(dir.join(LOCK));
+    let file = file.map_err(|error| OpenError::Engine(Error::io("open the lock file", &error)))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::AlreadyMounted),
+        Err(errno) => Err(OpenError::Engine(Error::io("lock the volume", &errno.into()))),
+    }
+}
+
+fn read_root(store: &Store, keys: &DomainKeys, sealed: Seq) -> std::result::Result<RootRecord, OpenError> {
+    let key = rowkey::root(keys.domain());
+    let row = store
+        .get(Family::Meta, &key)?
+        .ok_or_else(|| OpenError::Damaged("there is no root record".to_owned()))?;
+    let plain = keys.open_row(Family::Meta, &key, &row);
+    let root = plain.and_then(|plain| RootRecord::decode(&plain).ok());
+    let root = root.ok_or_else(|| OpenError::Damaged("the root record fails authentication".to_owned()))?;
+    if root.commit_seq < sealed.0 || root.commit_seq < root.durable_seq {
+        return Err(OpenError::Damaged(format!(
+            "commit {} was durable, but the log ends at {}",
+            sealed.0.max(root.durable_seq),
+            root.commit_seq
+        )));
+    }
+    Ok(root)
+}
+
+fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8; 16]) -> Result<()> {
+    let domain = Domain::FIRST;
+    let superblock_hash = Superblock::new(volume, &params.cmk_arn, Vec::new()).hash();
+    let context = KeyContext::VolumeKey {
+        volume,
+        domain,
+        superblock_hash,
+    };
+    let issued = service
+        .issue(&[context])
+        .map_err(|error| key_refused(&error))?
+        .pop();
+    let IssuedKey { wrapped, key } =
+        issued.ok_or_else(|| key_refused(&KeyError::Other("no answer for the volume key".to_owned())))?;
+    let keys = DomainKeys::new(&key, volume, domain)?;
+
+    let _lock = take_lock(dir).map_err(|error| match error {
+        OpenError::Engine(error) => error,
+        _ => Error::Posix(libc::EBUSY),
+    })?;
+    Slots::create(&dir.join(DATA))?;
+    let durable = make_store(dir, params, &keys)?;
+    seal::write(dir, &keys, durable)?;
+    // Last, so that a directory with a superblock is a whole volume.
+    let bytes = Superblock::new(volume, &params.cmk_arn, wrapped).encode();
+    let mut file = File::create_new(dir.join(SUPERBLOCK)).map_err(|error| Error::io("create", &error))?;
+    file.write_all(&bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(|error| Error::io("write the superblock", &error))?;
+    sync_dir(dir)?;
+    dir.parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .map_or(Ok(()), sync_dir)
+}
+
+fn make_store(dir: &Path, params: &CreateParams, keys: &DomainKeys) -> Result<Seq> {
+    let store = Arc::new(Store::create(&dir.join(META), CREATE_CACHE_BYTES)?);
+    let root = RootRecord {
+        ino_limit: FIRST_FREE_INO,
+        ..RootRecord::default()
+    };
+    let committer = Committer::new(Arc::clone(&store), root);
+    let node = NewNode {
+        kind: FileKind::Directory,
+        perm: 0o755,
+        uid: params.uid,
+        gid: params.gid,
+        rdev: 0,
+    };
+    let record = new_record(None, Ino::ROOT, &node, SystemClock.now());
+    let mut batch = Batch::default();
+    let key = rowkey::inode(Ino::ROOT);
+    let value = keys.seal_row(Family::Meta, &key, &record.encode())?;
+    batch.put(Family::Meta, key, value);
+    batch.count_inodes(1);
+    let seq = committer.commit(keys, batch)?;
+    committer.sync_to(seq)?;
+    store.flush()?;
+    Ok(seq)
+}
+
+fn key_refused(error: &KeyError) -> Error {
+    key_failure(Ino::ROOT, error)
+}

@@ -1,0 +1,158 @@
+//! Inodes without a name. They live until the kernel forgets them; then, or at the next mount, their rows go, and
+//! once that is durable their slot file, and last the orphan row that remembers it.
+
+use super::commit::{Batch, Seq};
+use super::content::INLINE_BYTES_MAX;
+use super::core::{Access, Core};
+use super::error::{Error, Result};
+use super::format::rowkey::{self, Family, Table};
+use super::node::NodeState;
+use super::publish::Publishing;
+use super::types::{Domain, Ino};
+use parking_lot::Mutex;
+use std::collections::BTreeSet;
+
+/// Orphans waiting beyond which the reclaiming thread is woken before its time.
+const WAITING_MAX: usize = 256;
+
+/// Inodes without a name, by what they wait for.
+#[derive(Default)]
+pub(crate) struct Orphans {
+    /// For the kernel to forget them.
+    held: Mutex<BTreeSet<Ino>>,
+    /// To be reclaimed.
+    waiting: Mutex<BTreeSet<Ino>>,
+    /// For their deletion to be durable.
+    slot_files: Mutex<Vec<(Seq, Ino)>>,
+}
+
+impl Core {
+    /// Takes back references of the kernel's. Needs no key.
+    pub(crate) fn forget(&self, ino: Ino, count: u64) {
+        if self.nodes.forgotten(ino, count) {
+            self.reclaim_unheld(ino);
+        }
+    }
+
+    /// Notes an inode that lost its last name; the commit that took it is made.
+    pub(crate) fn orphaned(&self, ino: Ino) {
+        self.orphans.held.lock().insert(ino);
+        // A forget that came before found nothing held; one that comes later does.
+        if !self.nodes.is_known(ino) {
+            self.reclaim_unheld(ino);
+        }
+    }
+
+    fn reclaim_unheld(&self, ino: Ino) {
+        if !self.orphans.held.lock().remove(&ino) {
+            return;
+        }
+        let waiting = {
+            let mut waiting = self.orphans.waiting.lock();
+            waiting.insert(ino);
+            waiting.len()
+        };
+        if waiting == WAITING_MAX {
+            self.upkeep_bell.ring();
+        }
+    }
+
+    /// The kernel is gone, and every reference of its with it.
+    pub(crate) fn forget_all(&self) {
+        self.nodes.forget_all();
+        let held = std::mem::take(&mut *self.orphans.held.lock());
+        self.orphans.waiting.lock().extend(held);
+    }
+}
+
+impl Access<'_> {
+    /// Notes every orphan that an earlier mount left.
+    pub(crate) fn collect_orphans(&self) -> Result<()> {
+        let (from, to) = rowkey::orphans(Domain::FIRST);
+        self.store.scan(Family::Meta, &from, &to, |key, sealed| {
+            let ino = Ino(rowkey::last_number(key).unwrap_or_default());
+            self.open_row(ino, key, sealed)?;
+            self.orphans.waiting.lock().insert(ino);
+            Ok(true)
+        })
+    }
+
+    pub(crate) fn put_orphan(&self, batch: &mut Batch, ino: Ino) -> Result<()> {
+        self.put_row(batch, rowkey::orphan(ino), &[])
+    }
+
+    /// Reclaims the next orphan that waits. False if there was none.
+    pub(crate) fn reclaim_next(&self) -> Result<bool> {
+        let Some(ino) = self.orphans.waiting.lock().pop_first() else {
+            return Ok(false);
+        };
+        match self.reclaim(ino) {
+            // Only the slot file is left, and the row that says so.
+            Err(Error::Posix(libc::ESTALE)) => self.orphans.slot_files.lock().push((Seq::default(), ino)),
+            other => other?,
+        }
+        Ok(true)
+    }
+
+    fn reclaim(&self, ino: Ino) -> Result<()> {
+        let node = self.node(ino)?;
+        let _right = Publishing::begin(&node);
+        let mut state = node.state.write();
+        let state = &mut *state;
+        if state.record.nlink > 0 || self.nodes.is_known(ino) {
+            return Ok(());
+        }
+        self.discard_pending(state);
+        let mut batch = self.cut(&node, state, 0..u64::MAX)?.batch;
+        if state.record.xattrs > 0 {
+            let row = |place| rowkey::entry(Table::Xattrs, ino, place);
+            batch.delete_range(Family::Meta, row(0), row(u64::MAX));
+        }
+        if state.published.runs > 0 || state.file.runs.is_loaded() {
+            batch.delete_range(
+                Family::Meta,
+                rowkey::bitmap(ino, 0),
+                rowkey::bitmap(ino, u64::MAX),
+            );
+        }
+        let has_slot_file = may_have_slot_file(state);
+        if !has_slot_file {
+            batch.delete(Family::Meta, rowkey::orphan(ino));
+        }
+        batch.delete(Family::Meta, rowkey::inode(ino));
+        batch.count_inodes(-1);
+        batch.count_blocks(state.published.blocks, 0);
+        let seq = self.commit(batch)?;
+        self.nodes.remove(ino);
+        self.active.remove(ino, state);
+        self.keyring.forget(ino);
+        if has_slot_file {
+            self.orphans.slot_files.lock().push((seq, ino));
+        }
+        Ok(())
+    }
+
+    /// Removes the slot files whose inodes are durably gone.
+    pub(crate) fn remove_slot_files(&self) -> Result<()> {
+        let durable = self.committer.durable();
+        let gone: Vec<_> = {
+            let mut waiting = self.orphans.slot_files.lock();
+            let (gone, kept) = waiting.drain(..).partition(|(seq, _)| *seq <= durable);
+            *waiting = kept;
+            gone
+        };
+        let mut batch = Batch::default();
+        for (_, ino) in &gone {
+            self.slots.remove(*ino)?;
+            batch.delete(Family::Meta, rowkey::orphan(*ino));
+        }
+        if !gone.is_empty() {
+            self.commit(batch)?;
+        }
+        Ok(())
+    }
+}
+
+fn may_have_slot_file(state: &NodeState) -> bool {
+    state.file.has_slot_file || state.record.content.size > INLINE_BYTES_MAX
+}

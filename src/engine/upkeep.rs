@@ -1,0 +1,198 @@
+//! The background: publishing by timer (rule R5), draining, giving freed space back, reclaiming orphans; watching
+//! the state of the CMK; fetching keys ahead of their use. Each has a thread of its own, since each may wait.
+
+use super::bell::Wake;
+use super::core::{Core, Fetch};
+use super::error::{Error, Result};
+use super::keyring::{KeyState, state_after};
+use super::seal;
+use super::types::Ino;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often the upkeep thread looks for idle files and orphans, unless it publishes more often than that.
+const TICK_MAX: Duration = Duration::from_secs(1);
+
+/// How long the KMS may be out of reach. It runs from before it was asked for, so that it never ends later here
+/// than there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lease {
+    pub(crate) asked: Instant,
+    pub(crate) length: Duration,
+}
+
+/// Starts the threads. Each holds the core until it is stopped.
+pub(crate) fn start(
+    core: &Arc<Core>,
+    fetches: Receiver<Fetch>,
+    lease: Lease,
+) -> std::io::Result<Vec<JoinHandle<()>>> {
+    let spawn = |name: &str, work: Box<dyn FnOnce(Arc<Core>) + Send>| {
+        let core = Arc::clone(core);
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || work(core))
+    };
+    let mut threads = vec![
+        spawn("keys", Box::new(move |core| watch_key(&core, lease)))?,
+        spawn("fetch", Box::new(move |core| fetch(&core, &fetches)))?,
+    ];
+    if !core.options.read_only {
+        threads.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
+    }
+    Ok(threads)
+}
+
+fn keep_up(core: &Core) {
+    let mut published = core.clock.monotonic();
+    let tick = core.options.publish_interval.min(TICK_MAX);
+    while core.upkeep_bell.wait(tick) == Wake::Work {
+        let now = core.clock.monotonic();
+        let due = now.saturating_duration_since(published) >= core.options.publish_interval;
+        if due {
+            published = now;
+        }
+        if let Err(error) = core.tick(due) {
+            log_failure("upkeep", &error);
+        }
+    }
+}
+
+fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
+    while let Ok(job) = jobs.recv() {
+        let done = match job {
+            Fetch::Stop => return,
+            Fetch::Nursery => core.serve().and_then(|access| access.refill_nursery_ahead()),
+            Fetch::Files(files) => core.serve().and_then(|access| access.prefetch_keys(&files)),
+        };
+        if let Err(error) = done {
+            log_failure("fetching keys ahead", &error);
+        }
+    }
+}
+
+fn watch_key(core: &Core, mut lease: Lease) {
+    while core.key_bell.wait(core.options.key_poll_interval) == Wake::Work {
+        core.poll_key(&mut lease);
+    }
+}
+
+fn log_failure(what: &str, error: &Error) {
+    match error {
+        // The key's state is told where it changes.
+        Error::KeyRevoked | Error::KeyErased | Error::KeyDenied | Error::KeyUnavailable => {
+            tracing::debug!(%error, "{what} waits for the key");
+        }
+        _ => tracing::error!(%error, "{what} failed"),
+    }
+}
+
+impl Core {
+    fn tick(&self, publish: bool) -> Result<()> {
+        while self.drain()?.reclaim_next()? {}
+        if publish {
+            self.publish_all()?;
+            self.drain()?.remove_slot_files()?;
+        }
+        self.for_active(|access, node| {
+            if !access.settle(node)? {
+                access.drain_if_due(node)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Publishes every file, makes the log durable, and notes how far it reached.
+    pub(crate) fn publish_all(&self) -> Result<()> {
+        let outcome = self.for_active(|access, node| access.publish(node));
+        self.committer.sync_to(self.committer.committed())?;
+        let access = self.drain()?;
+        seal::advance(&self.dir, access.keys(), self.committer.durable(), &self.sealed)?;
+        outcome
+    }
+
+    /// Does something with each active file. One that fails does not keep the others from it.
+    pub(crate) fn for_active(
+        &self,
+        work: impl Fn(&super::core::Access<'_>, &Arc<super::node::Node>) -> Result<()>,
+    ) -> Result<()> {
+        let mut outcome = Ok(());
+        for ino in self.active.inodes() {
+            // No node is held without access: after a revocation there are others.
+            let access = self.drain()?;
+            let Some(node) = self.active.get(ino) else {
+                continue;
+            };
+            let done = work(&access, &node);
+            if let Err(error) = &done
+                && *error != Error::Poisoned
+            {
+                tracing::error!(inode = ino.0, %error, "a file could not be stored");
+            }
+            outcome = outcome.and(done);
+        }
+        outcome
+    }
+
+    fn poll_key(&self, lease: &mut Lease) {
+        let asked = self.clock.monotonic();
+        let state = match self.keyring.renew() {
+            Ok(length) => {
+                *lease = Lease { asked, length };
+                if self.keyring.state() != KeyState::Live {
+                    self.relight();
+                }
+                return;
+            }
+            Err(error) => match state_after(&error) {
+                Some(state) => state,
+                None if self.clock.monotonic().saturating_duration_since(lease.asked) < lease.length => {
+                    tracing::warn!(%error, "the lease was not renewed");
+                    return;
+                }
+                None => KeyState::Unreachable,
+            },
+        };
+        match self.keyring.state() {
+            KeyState::Live | KeyState::Draining => self.revoke(state),
+            dark if dark != state => self.keyring.restate(state),
+            _ => {}
+        }
+    }
+
+    fn relight(&self) {
+        match self.keyring.relight() {
+            Ok(()) => tracing::info!("the key may be used again"),
+            Err(error) => tracing::warn!(%error, "the volume key could not be opened"),
+        }
+    }
+
+    /// Live -> dark, in the order that docs/ARCHITECTURE.md gives.
+    fn revoke(&self, state: KeyState) {
+        tracing::warn!(?state, "the key may not be used any more; the volume goes dark");
+        self.keyring.begin_draining();
+        self.purge();
+        if !self.options.read_only
+            && let Err(error) = self.publish_all()
+        {
+            tracing::error!(%error, "content written before the revocation is lost");
+        }
+        self.keyring.go_dark(state);
+        // No operation is under way, and none begins: nothing refers to these any more.
+        self.active.clear();
+        self.nodes.clear();
+        self.chunks.clear();
+        self.nursery.clear();
+        self.purge();
+    }
+
+    fn purge(&self) {
+        let observer = self.observer.lock().clone();
+        if let Some(observer) = observer {
+            let known: Vec<Ino> = self.nodes.known();
+            observer.purge(&known);
+        }
+    }
+}

@@ -1,0 +1,453 @@
+//! The engine's face: an open volume, and every operation on it.
+
+use super::core::{Core, Fetch};
+use super::error::{Error, Result};
+use super::keyring::KeyState;
+use super::keyservice::CacheObserver;
+use super::types::{
+    Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, StatFs,
+    Taken,
+};
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+pub use super::open::{CreateParams, OpenError};
+
+/// How a volume is opened.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Refuse every change with EROFS.
+    pub read_only: bool,
+    /// How often pending content is published and the log synced.
+    pub publish_interval: Duration,
+    /// How often the state of the CMK is asked for.
+    pub key_poll_interval: Duration,
+    /// Memory for RocksDB's block cache and memtables together, in bytes.
+    pub block_cache_bytes: usize,
+    /// File keys kept in memory.
+    pub dek_cache_entries_max: usize,
+    /// Inodes kept in memory, beside those with content not yet published.
+    pub node_cache_entries_max: usize,
+    /// DEKs fetched ahead in one call, 1 to 256.
+    pub dek_prefetch: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            publish_interval: Duration::from_secs(5),
+            key_poll_interval: Duration::from_secs(1),
+            block_cache_bytes: 128 << 20,
+            dek_cache_entries_max: 32_768,
+            node_cache_entries_max: 65_536,
+            dek_prefetch: 256,
+        }
+    }
+}
+
+/// What an operator wants to know of an open volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Whether the keys may be used.
+    pub key_state: KeyState,
+    /// Inodes.
+    pub inodes: u64,
+    /// Blocks of 4 KiB that are not holes.
+    pub blocks: u64,
+    /// The number of the last commit.
+    pub commit_seq: u64,
+    /// The last commit known durable.
+    pub durable_seq: u64,
+    /// Content in memory that storage does not hold yet, with its administration, in bytes.
+    pub pending_bytes: u64,
+    /// Files with such content, or with something that waits to be durable.
+    pub active_files: usize,
+    /// File keys in memory.
+    pub cached_deks: usize,
+    /// Calls made to the KMS, renewals aside.
+    pub kms_calls: u64,
+    /// Whether a log failure has put an end to changes.
+    pub failed: bool,
+}
+
+/// An open volume. Dropping it without [`Volume::close`] is a crash: what was not synced is lost.
+///
+/// Every method may wait for storage, and for the KMS as long as the [`KeyService`](super::KeyService) lets it.
+/// Besides what is noted, each fails with [`Error::KeyRevoked`] and its kin while the keys may not be used, with
+/// ESTALE for an inode that does not exist, and with [`Error::Corrupt`] when storage holds what was not written.
+pub struct Volume {
+    pub(super) core: Arc<Core>,
+    pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
+    pub(super) closed: AtomicBool,
+}
+
+impl Volume {
+    /// Has `observer` told when the kernel's caches must go.
+    pub fn set_observer(&self, observer: Arc<dyn CacheObserver>) {
+        *self.core.observer.lock() = Some(observer);
+    }
+
+    /// Publishes, drains and syncs everything, and ends the volume: only [`Self::status`] means anything afterwards.
+    /// To be called when the kernel has let go of it.
+    ///
+    /// # Errors
+    /// What kept content from being stored.
+    pub fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.stop_threads();
+        self.core.forget_all();
+        if self.core.options.read_only {
+            Ok(())
+        } else {
+            self.core.put_away()
+        }
+    }
+
+    fn stop_threads(&self) {
+        self.core.upkeep_bell.stop();
+        self.core.key_bell.stop();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        if !threads.is_empty() && self.core.fetches.send(Fetch::Stop).is_err() {
+            tracing::debug!("the fetching thread has ended before");
+        }
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a background thread panicked");
+            }
+        }
+    }
+
+    /// What an operator wants to know.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let core = &self.core;
+        let root = core.committer.root();
+        Status {
+            key_state: core.keyring.state(),
+            inodes: root.inodes,
+            blocks: root.blocks,
+            commit_seq: core.committer.committed().0,
+            durable_seq: core.committer.durable().0,
+            pending_bytes: core.active.pending_bytes(),
+            active_files: core.active.inodes().len(),
+            cached_deks: core.keyring.cached_files(),
+            kms_calls: core.keyring.calls(),
+            failed: core.committer.check().is_err(),
+        }
+    }
+
+    /// Whether the keys may be used.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_key(&self) -> Result<()> {
+        self.core.serve().map(|_| ())
+    }
+
+    /// Finds `name`, `.` and `..` included. Counts one reference of the kernel's to the inode.
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, ENAMETOOLONG.
+    pub fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {
+        self.core.serve()?.lookup(parent, name)
+    }
+
+    /// Takes back `count` references of the kernel's. An inode without names goes with the last.
+    pub fn forget(&self, ino: Ino, count: u64) {
+        self.core.forget(ino, count);
+    }
+
+    /// mknod(2), mkdir(2), creat(2). Counts one reference of the kernel's to the new inode.
+    ///
+    /// # Errors
+    /// EEXIST, ENOENT for a removed directory, EINVAL for a symlink, which [`Self::symlink`] makes.
+    pub fn make(&self, parent: Ino, name: &[u8], node: &NewNode) -> Result<Attr> {
+        if node.kind == FileKind::Symlink {
+            return Err(Error::Posix(libc::EINVAL));
+        }
+        self.core.change()?.make(parent, name, node, &[])
+    }
+
+    /// symlink(2). Counts one reference of the kernel's to the new inode.
+    ///
+    /// # Errors
+    /// EEXIST; ENAMETOOLONG for targets beyond 4095 bytes.
+    pub fn symlink(&self, parent: Ino, name: &[u8], target: &[u8], uid: u32, gid: u32) -> Result<Attr> {
+        let node = NewNode {
+            kind: FileKind::Symlink,
+            perm: 0o777,
+            uid,
+            gid,
+            rdev: 0,
+        };
+        self.core.change()?.make(parent, name, &node, target)
+    }
+
+    /// readlink(2).
+    ///
+    /// # Errors
+    /// EINVAL for what is no symlink.
+    pub fn readlink(&self, ino: Ino) -> Result<Vec<u8>> {
+        self.core.serve()?.readlink(ino)
+    }
+
+    /// link(2). Counts one reference of the kernel's to the inode.
+    ///
+    /// # Errors
+    /// EEXIST, EMLINK, EPERM for a directory, ENOENT for an inode without names.
+    pub fn link(&self, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attr> {
+        self.core.change()?.link(ino, parent, name)
+    }
+
+    /// unlink(2).
+    ///
+    /// # Errors
+    /// ENOENT; EISDIR for a directory.
+    pub fn unlink(&self, parent: Ino, name: &[u8]) -> Result<()> {
+        self.core.change()?.unlink(parent, name)
+    }
+
+    /// rmdir(2).
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, ENOTEMPTY.
+    pub fn rmdir(&self, parent: Ino, name: &[u8]) -> Result<()> {
+        self.core.change()?.rmdir(parent, name)
+    }
+
+    /// renameat2(2).
+    ///
+    /// # Errors
+    /// Those of rename(2).
+    pub fn rename(
+        &self,
+        parent: Ino,
+        name: &[u8],
+        new_parent: Ino,
+        new_name: &[u8],
+        flags: RenameFlags,
+    ) -> Result<()> {
+        self.core
+            .change()?
+            .rename(parent, name, new_parent, new_name, flags)
+    }
+
+    /// Shows the entries behind `from` until `take` is full, `.` and `..` first.
+    ///
+    /// # Errors
+    /// ENOTDIR.
+    pub fn readdir(
+        &self,
+        dir: Ino,
+        from: Cookie,
+        take: &mut dyn FnMut(&DirEntry<'_>) -> Taken,
+    ) -> Result<()> {
+        self.core.serve()?.readdir(dir, from, take)
+    }
+
+    /// The same with attributes. Every entry taken, but `.` and `..`, counts one reference of the kernel's.
+    ///
+    /// # Errors
+    /// ENOTDIR.
+    pub fn readdirplus(
+        &self,
+        dir: Ino,
+        from: Cookie,
+        take: &mut dyn FnMut(&DirEntry<'_>, &Attr) -> Taken,
+    ) -> Result<()> {
+        self.core.serve()?.readdirplus(dir, from, take)
+    }
+
+    /// stat(2).
+    ///
+    /// # Errors
+    /// Only those of every method.
+    pub fn getattr(&self, ino: Ino) -> Result<Attr> {
+        self.core.serve()?.attr(ino)
+    }
+
+    /// chmod(2), chown(2), truncate(2), utimensat(2) in one.
+    ///
+    /// # Errors
+    /// EISDIR and EINVAL for a size of what has none, EFBIG.
+    pub fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
+        self.core.change()?.setattr(ino, set)
+    }
+
+    /// getxattr(2).
+    ///
+    /// # Errors
+    /// ENODATA.
+    pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
+        self.core.serve()?.getxattr(ino, name)
+    }
+
+    /// setxattr(2).
+    ///
+    /// # Errors
+    /// EEXIST, ENODATA, ERANGE for a name beyond 255 bytes, E2BIG for a value beyond 65,536.
+    pub fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()> {
+        self.core.change()?.setxattr(ino, name, value, how)
+    }
+
+    /// listxattr(2), in no particular order.
+    ///
+    /// # Errors
+    /// Only those of every method.
+    pub fn listxattr(&self, ino: Ino) -> Result<Vec<Vec<u8>>> {
+        self.core.serve()?.listxattr(ino)
+    }
+
+    /// removexattr(2).
+    ///
+    /// # Errors
+    /// ENODATA.
+    pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
+        self.core.change()?.removexattr(ino, name)
+    }
+
+    /// Prepares reading and writing: an open that succeeds has its key.
+    ///
+    /// # Errors
+    /// EISDIR and EINVAL for what has no content.
+    pub fn open_file(&self, ino: Ino) -> Result<()> {
+        let access = self.core.serve()?;
+        let node = access.regular(ino)?;
+        access.file_key(&node).map(|_| ())
+    }
+
+    /// Reads up to `buffer.len()` bytes; fewer only at the end of the file.
+    ///
+    /// # Errors
+    /// EISDIR and EINVAL for what has no content.
+    pub fn read(&self, ino: Ino, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        let access = self.core.serve()?;
+        access.read(&access.regular(ino)?, offset, buffer)
+    }
+
+    /// Writes at `offset`, extending the size; returns how many bytes, fewer than given only when storage refused
+    /// the rest. `kill_suid_sgid` clears suid, sgid and capabilities first. Accepted while the volume goes dark: the
+    /// kernel then writes back what it had taken before.
+    ///
+    /// # Errors
+    /// EFBIG, ENOSPC; [`Error::Poisoned`] after a failed sync.
+    pub fn write(&self, ino: Ino, offset: u64, data: &[u8], kill_suid_sgid: bool) -> Result<usize> {
+        let access = self.core.drain()?;
+        let node = access.regular(ino)?;
+        if kill_suid_sgid {
+            access.drop_privileges(&node)?;
+        }
+        access.write(&node, offset, data)
+    }
+
+    /// fallocate(2).
+    ///
+    /// # Errors
+    /// EFBIG, ENOSPC, EINVAL for a length of 0.
+    pub fn fallocate(&self, ino: Ino, how: Fallocate, offset: u64, length: u64) -> Result<()> {
+        let access = self.core.change()?;
+        access.fallocate(&access.regular(ino)?, how, offset, length)
+    }
+
+    /// lseek(2) for data and holes; what the kernel has not written back is not seen.
+    ///
+    /// # Errors
+    /// ENXIO behind the end, or behind the last data.
+    pub fn seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64> {
+        let access = self.core.serve()?;
+        access.seek(&access.regular(ino)?, offset, what)
+    }
+
+    /// copy_file_range(2): returns the bytes copied, fewer than asked for at the end of the source.
+    ///
+    /// # Errors
+    /// EINVAL for overlapping ranges of one file.
+    pub fn copy_range(
+        &self,
+        from: Ino,
+        from_offset: u64,
+        to: Ino,
+        to_offset: u64,
+        length: u64,
+    ) -> Result<u64> {
+        let access = self.core.change()?;
+        access.copy_range(
+            (&access.regular(from)?, from_offset),
+            (&access.regular(to)?, to_offset),
+            length,
+        )
+    }
+
+    /// fsync(2), fdatasync(2) and fsync(2) of a directory: what was done to `ino` before is there after a crash.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`] from the first failed sync on.
+    pub fn fsync(&self, ino: Ino) -> Result<()> {
+        if self.core.options.read_only {
+            return Ok(());
+        }
+        let seq = {
+            let access = self.core.drain()?;
+            access.publish(&access.node(ino)?)?;
+            self.core.committer.committed()
+        };
+        self.core.committer.sync_to(seq)
+    }
+
+    /// statfs(2).
+    ///
+    /// # Errors
+    /// Storage's own.
+    pub fn statfs(&self) -> Result<StatFs> {
+        let host = rustix::fs::statvfs(&self.core.dir)?;
+        let root = self.core.committer.root();
+        let in_blocks = |count: u64| count.saturating_mul(host.f_frsize) / u64::from(StatFs::BLOCK_BYTES);
+        // Every file needs a record of a few hundred bytes, no inode of the host's.
+        let files_free = in_blocks(host.f_bavail).saturating_mul(4);
+        Ok(StatFs {
+            block_size: StatFs::BLOCK_BYTES,
+            blocks: in_blocks(host.f_blocks),
+            blocks_free: in_blocks(host.f_bfree),
+            blocks_available: in_blocks(host.f_bavail),
+            files: root.inodes.saturating_add(files_free),
+            files_free,
+            name_max: super::table::NAME_BYTES_MAX as u32,
+        })
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        self.stop_threads();
+    }
+}
+
+impl Core {
+    /// An orderly end. While dark there is nothing in memory that storage does not hold.
+    fn put_away(&self) -> Result<()> {
+        if self.keyring.state() != KeyState::Live {
+            return self.committer.sync_to(self.committer.committed());
+        }
+        let mut outcome = self.publish_all();
+        let drained = self.for_active(|access, node| {
+            access.settle(node)?;
+            access.drain_file(node)
+        });
+        outcome = outcome.and(drained);
+        while self.drain()?.reclaim_next()? {}
+        // Twice: what becomes durable in the first round lets slot files and runs go, which the second records.
+        for _ in 0..2 {
+            outcome = outcome.and(self.publish_all());
+            self.drain()?.remove_slot_files()?;
+            outcome = outcome.and(self.for_active(|access, node| access.settle(node).map(|_| ())));
+        }
+        self.store.flush()?;
+        outcome
+    }
+}

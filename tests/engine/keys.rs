@@ -1,0 +1,119 @@
+//! What the state of the CMK does to an open volume.
+
+use crate::support::{Answer, DIR, FILE, FakeKms, Fixture, content, eventually, noise};
+use cmkfs::engine::{CacheObserver, Error, Ino, KeyError, KeyState, OpenError, Volume};
+use std::sync::{Arc, Mutex};
+
+/// Remembers what it was told to purge.
+#[derive(Default)]
+struct Purges(Mutex<Vec<Vec<Ino>>>);
+
+impl CacheObserver for Purges {
+    fn purge(&self, inodes: &[Ino]) {
+        self.0.lock().unwrap().push(inodes.to_vec());
+    }
+}
+
+fn state_becomes(volume: &Volume, state: KeyState) {
+    eventually(|| volume.status().key_state == state);
+}
+
+#[test]
+fn a_disabled_key_darkens_the_volume_and_an_enabled_one_brings_everything_back() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let purges = Arc::new(Purges::default());
+    volume.set_observer(purges.clone());
+    let file = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    let bytes = noise(7, 300_000);
+    volume.write(file, 0, &bytes, false).unwrap();
+
+    fixture.kms.set(Answer::Disabled);
+    state_becomes(&volume, KeyState::Revoked);
+    eventually(|| purges.0.lock().unwrap().len() == 2);
+    assert!(purges.0.lock().unwrap().iter().all(|told| told.contains(&file)));
+    assert_eq!(volume.getattr(file), Err(Error::KeyRevoked));
+    assert_eq!(volume.lookup(Ino::ROOT, b"file"), Err(Error::KeyRevoked));
+    assert_eq!(volume.read(file, 0, &mut [0; 10]), Err(Error::KeyRevoked));
+    assert_eq!(volume.write(file, 0, b"late", false), Err(Error::KeyRevoked));
+    assert_eq!(volume.make(Ino::ROOT, b"other", &FILE), Err(Error::KeyRevoked));
+    assert_eq!(volume.fsync(file), Err(Error::KeyRevoked));
+    assert_eq!(volume.status().cached_deks, 0);
+
+    fixture.kms.set(Answer::Enabled);
+    state_becomes(&volume, KeyState::Live);
+    assert_eq!(content(&volume, file).unwrap(), bytes);
+    assert_eq!(volume.lookup(Ino::ROOT, b"file").unwrap().ino, file);
+    volume.close().unwrap();
+}
+
+#[test]
+fn each_state_of_the_key_has_its_own_error() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let cases = [
+        (Answer::Disabled, KeyState::Revoked, Error::KeyRevoked),
+        (Answer::Destroyed, KeyState::Erased, Error::KeyErased),
+        (Answer::Denied, KeyState::Denied, Error::KeyDenied),
+    ];
+    for (answer, state, error) in cases {
+        fixture.kms.set(answer);
+        state_becomes(&volume, state);
+        assert_eq!(volume.check_key(), Err(error));
+    }
+}
+
+#[test]
+fn an_unreachable_kms_is_tolerated_for_the_length_of_its_lease() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    fixture.kms.set(Answer::Unreachable);
+    fixture.clock.advance(FakeKms::LEASE / 2);
+    assert_eq!(volume.check_key(), Ok(()));
+    fixture.clock.advance(FakeKms::LEASE);
+    state_becomes(&volume, KeyState::Unreachable);
+    assert_eq!(volume.check_key(), Err(Error::KeyUnavailable));
+    fixture.kms.set(Answer::Enabled);
+    state_becomes(&volume, KeyState::Live);
+}
+
+#[test]
+fn a_volume_does_not_open_without_its_key() {
+    let fixture = Fixture::new();
+    for (answer, error) in [
+        (Answer::Disabled, KeyError::Revoked),
+        (Answer::Destroyed, KeyError::Erased),
+    ] {
+        fixture.kms.set(answer);
+        assert_eq!(fixture.try_open().err(), Some(OpenError::Key(error)));
+    }
+    fixture.kms.set(Answer::Enabled);
+    let other = Fixture {
+        kms: Arc::new(FakeKms::new(2)),
+        ..fixture
+    };
+    assert_eq!(other.try_open().err(), Some(OpenError::Key(KeyError::BadBlob)));
+}
+
+#[test]
+fn ten_thousand_creates_make_at_most_a_hundred_calls() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let before = fixture.kms.calls();
+    for number in 0..100 {
+        let dir = volume
+            .make(Ino::ROOT, format!("dir {number}").as_bytes(), &DIR)
+            .unwrap()
+            .ino;
+        for number in 0..100 {
+            let file = volume
+                .make(dir, format!("file {number}").as_bytes(), &FILE)
+                .unwrap()
+                .ino;
+            volume.write(file, 0, b"some content", false).unwrap();
+        }
+    }
+    let calls = fixture.kms.calls() - before;
+    assert!(calls <= 100, "{calls} calls");
+    volume.close().unwrap();
+}

@@ -1,0 +1,274 @@
+//! A KMS in memory and a clock that tests move by hand.
+
+use cmkfs::engine::{
+    Clock, Cookie, CreateParams, Error, FileKind, Ino, IssuedKey, KeyContext, KeyError, KeyService, NewNode,
+    OpenError, Options, Taken, Timestamp, Volume,
+};
+use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How the KMS answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    Enabled,
+    Disabled,
+    Destroyed,
+    Denied,
+    Unreachable,
+}
+
+/// Wraps keys as a KMS does: sealed under a key of its own, bound to their context.
+pub struct FakeKms {
+    sealer: Sealer,
+    nonces: NonceSource,
+    answer: Mutex<Answer>,
+    issues: AtomicU64,
+    opens: AtomicU64,
+}
+
+impl FakeKms {
+    pub const LEASE: Duration = Duration::from_secs(30);
+
+    pub fn new(seed: u8) -> Self {
+        let master = key_of([seed; 32]);
+        Self {
+            sealer: Sealer::new(&derive(
+                &master,
+                KeySalt(&[seed]),
+                Label::VolumeRecords { domain: 0 },
+            )),
+            nonces: NonceSource::new().unwrap(),
+            answer: Mutex::new(Answer::Enabled),
+            issues: AtomicU64::new(0),
+            opens: AtomicU64::new(0),
+        }
+    }
+
+    pub fn set(&self, answer: Answer) {
+        *self.answer.lock().unwrap() = answer;
+    }
+
+    /// Calls that issued or opened keys.
+    pub fn calls(&self) -> u64 {
+        self.issues.load(Ordering::SeqCst) + self.opens.load(Ordering::SeqCst)
+    }
+
+    fn check(&self) -> Result<(), KeyError> {
+        match *self.answer.lock().unwrap() {
+            Answer::Enabled => Ok(()),
+            Answer::Disabled => Err(KeyError::Revoked),
+            Answer::Destroyed => Err(KeyError::Erased),
+            Answer::Denied => Err(KeyError::Denied),
+            Answer::Unreachable => Err(KeyError::Unreachable("nothing listens".to_owned())),
+        }
+    }
+
+    fn open_one(&self, context: &KeyContext, wrapped: &[u8]) -> Option<SecretKey> {
+        let (nonce, rest) = wrapped.split_first_chunk::<NONCE_LEN>()?;
+        let (tag, body) = rest.split_first_chunk::<TAG_LEN>()?;
+        let mut key: [u8; 32] = body.try_into().ok()?;
+        self.sealer
+            .open(
+                Nonce(*nonce),
+                format!("{context:?}").as_bytes(),
+                &mut key,
+                Tag(*tag),
+            )
+            .ok()?;
+        Some(key_of(key))
+    }
+}
+
+fn key_of(bytes: [u8; 32]) -> SecretKey {
+    SecretKey::fill_with(|key| {
+        *key = bytes;
+        Ok::<(), ()>(())
+    })
+    .unwrap()
+}
+
+impl KeyService for FakeKms {
+    fn issue(&self, contexts: &[KeyContext]) -> Result<Vec<IssuedKey>, KeyError> {
+        self.issues.fetch_add(1, Ordering::SeqCst);
+        self.check()?;
+        let issue = |context: &KeyContext| {
+            let key = SecretKey::generate().unwrap();
+            let nonce = self.nonces.next().unwrap();
+            let mut body = *key.expose();
+            let tag = self
+                .sealer
+                .seal(nonce, format!("{context:?}").as_bytes(), &mut body)
+                .unwrap();
+            IssuedKey {
+                wrapped: [&nonce.0[..], &tag.0, &body].concat(),
+                key,
+            }
+        };
+        Ok(contexts.iter().map(issue).collect())
+    }
+
+    fn open(&self, items: &[(KeyContext, Vec<u8>)]) -> Result<Vec<Result<SecretKey, KeyError>>, KeyError> {
+        self.opens.fetch_add(1, Ordering::SeqCst);
+        self.check()?;
+        Ok(items
+            .iter()
+            .map(|(context, wrapped)| self.open_one(context, wrapped).ok_or(KeyError::BadBlob))
+            .collect())
+    }
+
+    fn renew(&self) -> Result<Duration, KeyError> {
+        self.check().map(|()| Self::LEASE)
+    }
+}
+
+/// A clock that stands still until it is moved.
+pub struct ManualClock {
+    start: Instant,
+    moved: AtomicU64,
+}
+
+impl ManualClock {
+    pub fn new() -> Self {
+        Self {
+            start: Instant::now(),
+            moved: AtomicU64::new(0),
+        }
+    }
+
+    pub fn advance(&self, by: Duration) {
+        self.moved
+            .fetch_add(u64::try_from(by.as_nanos()).unwrap(), Ordering::SeqCst);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Timestamp {
+        let nanos = self.moved.load(Ordering::SeqCst);
+        Timestamp {
+            secs: 1_800_000_000 + (nanos / 1_000_000_000) as i64,
+            nanos: (nanos % 1_000_000_000) as u32,
+        }
+    }
+
+    fn monotonic(&self) -> Instant {
+        self.start + Duration::from_nanos(self.moved.load(Ordering::SeqCst))
+    }
+}
+
+/// A volume in a scratch directory, with its KMS and clock, that can be closed, dropped and opened again.
+pub struct Fixture {
+    pub scratch: TempDir,
+    pub kms: Arc<FakeKms>,
+    pub clock: Arc<ManualClock>,
+    pub options: Options,
+}
+
+impl Fixture {
+    pub const UUID: [u8; 16] = *b"a volume's uuid!";
+
+    /// Makes a volume.
+    pub fn new() -> Self {
+        let fixture = Self {
+            scratch: tempfile::tempdir().unwrap(),
+            kms: Arc::new(FakeKms::new(1)),
+            clock: Arc::new(ManualClock::new()),
+            options: Options {
+                // Rounds are frequent; what is due in them goes by the manual clock.
+                publish_interval: Duration::from_millis(5),
+                key_poll_interval: Duration::from_millis(5),
+                block_cache_bytes: 8 << 20,
+                ..Options::default()
+            },
+        };
+        let params = CreateParams {
+            cmk_arn: "acs:kms:local:1:key/test".to_owned(),
+            uid: 0,
+            gid: 0,
+        };
+        Volume::create(&fixture.dir(), &params, &*fixture.kms, Self::UUID).unwrap();
+        fixture
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        self.scratch.path().join("volume")
+    }
+
+    pub fn try_open(&self) -> Result<Arc<Volume>, OpenError> {
+        self.try_open_at(&self.dir())
+    }
+
+    pub fn try_open_at(&self, dir: &Path) -> Result<Arc<Volume>, OpenError> {
+        let kms: Arc<dyn KeyService> = self.kms.clone();
+        Volume::open(dir, self.options, kms, self.clock.clone())
+    }
+
+    pub fn open(&self) -> Arc<Volume> {
+        self.try_open().unwrap()
+    }
+}
+
+/// A regular file's `NewNode`.
+pub const FILE: NewNode = NewNode {
+    kind: FileKind::Regular,
+    perm: 0o644,
+    uid: 0,
+    gid: 0,
+    rdev: 0,
+};
+/// A directory's.
+pub const DIR: NewNode = NewNode {
+    kind: FileKind::Directory,
+    perm: 0o755,
+    uid: 0,
+    gid: 0,
+    rdev: 0,
+};
+
+/// Bytes that differ between seeds and positions.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut step = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..length).map(|_| step()).collect()
+}
+
+/// The whole content of a file.
+pub fn content(volume: &Volume, ino: Ino) -> Result<Vec<u8>, Error> {
+    let mut bytes = vec![0; usize::try_from(volume.getattr(ino)?.size).unwrap()];
+    let count = volume.read(ino, 0, &mut bytes)?;
+    assert_eq!(count, bytes.len());
+    Ok(bytes)
+}
+
+/// Names and inodes of a directory, `.` and `..` left out.
+pub fn list(volume: &Volume, dir: Ino) -> Result<Vec<(Vec<u8>, Ino)>, Error> {
+    let mut entries = Vec::new();
+    volume.readdir(dir, Cookie::START, &mut |entry| {
+        if entry.name != b"." && entry.name != b".." {
+            entries.push((entry.name.to_vec(), entry.ino));
+        }
+        Taken::Yes
+    })?;
+    entries.sort();
+    Ok(entries)
+}
+
+/// Waits until `holds`; fails after a minute, which is no matter of timing.
+pub fn eventually(holds: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "it did not come about within a minute"
+        );
+        std::thread::yield_now();
+    }
+}
