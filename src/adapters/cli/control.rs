@@ -1,0 +1,142 @@
+//! The control socket, VOLUME/control: answers whoever may open it with the state of the mount, as one JSON line.
+
+use super::Failure;
+use crate::engine::{KeyState, Superblock, Volume};
+use serde_json::{Value, json};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Weak;
+use std::time::Duration;
+
+const NAME: &str = "control";
+/// Longest wait for the other side.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest answer that is read, in bytes.
+const ANSWER_MAX: u64 = 64 << 10;
+
+/// Removes the socket when the mount ends.
+pub(super) struct Control(PathBuf);
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::warn!(%error, "the control socket stays behind");
+        }
+    }
+}
+
+/// Starts answering. The caller holds the volume's lock, so that a socket which is there is stale.
+pub(super) fn start(
+    volume: Weak<Volume>,
+    dir: &Path,
+    mountpoint: &Path,
+    superblock: &Superblock,
+) -> Result<Control, Failure> {
+    let failed = |error: std::io::Error| format!("control socket in {}: {error}", dir.display());
+    let path = dir.join(NAME);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = through_directory(dir, |short| UnixListener::bind(short)).map_err(failed)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    let mountpoint = mountpoint.to_owned();
+    let facts = facts(dir, superblock);
+    let answer = move || {
+        for stream in listener.incoming() {
+            let (Ok(mut stream), Some(volume)) = (stream, volume.upgrade()) else {
+                return;
+            };
+            let mut line = state(&volume, &mountpoint, facts.clone()).to_string();
+            line.push('\n');
+            let sent = stream
+                .set_write_timeout(Some(TIMEOUT))
+                .and_then(|()| stream.write_all(line.as_bytes()));
+            if let Err(error) = sent {
+                tracing::debug!(%error, "a question for the status was not heard out");
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("control".to_owned())
+        .spawn(answer)
+        .map_err(failed)?;
+    Ok(Control(path))
+}
+
+/// Asks the mount of the volume in `dir`; `None` if it is not mounted.
+pub(super) fn ask(dir: &Path) -> Result<Option<Value>, Failure> {
+    let failed = |error: std::io::Error| format!("control socket in {}: {error}", dir.display());
+    let stream = match through_directory(dir, |short| UnixStream::connect(short)) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
+        other => other.map_err(failed)?,
+    };
+    stream.set_read_timeout(Some(TIMEOUT)).map_err(failed)?;
+    let mut line = String::new();
+    stream
+        .take(ANSWER_MAX)
+        .read_to_string(&mut line)
+        .map_err(failed)?;
+    serde_json::from_str(&line)
+        .map(Some)
+        .map_err(|error| format!("the mount's answer is no JSON: {error}"))
+}
+
+/// A socket's path has 107 bytes at most (unix(7)), a directory's has not: it is named by its descriptor.
+fn through_directory<T>(dir: &Path, act: impl FnOnce(&Path) -> std::io::Result<T>) -> std::io::Result<T> {
+    let dir = std::fs::File::open(dir)?;
+    act(&PathBuf::from(format!(
+        "/proc/self/fd/{}/{NAME}",
+        dir.as_raw_fd()
+    )))
+}
+
+/// What a superblock says.
+pub(super) fn facts(dir: &Path, superblock: &Superblock) -> Value {
+    json!({
+        "volume": dir.to_string_lossy(),
+        "uuid": super::uuid_text(superblock.volume()),
+        "cmk_arn": superblock.cmk_arn(),
+        "format_version": superblock.version(),
+        "mounted": false,
+    })
+}
+
+fn state(volume: &Volume, mountpoint: &Path, mut facts: Value) -> Value {
+    let status = volume.status();
+    let state = json!({
+        "mounted": true,
+        "mountpoint": mountpoint.to_string_lossy(),
+        "pid": std::process::id(),
+        "key_state": key_state(status.key_state),
+        "inodes": status.inodes,
+        "data_bytes": status.blocks.saturating_mul(4096),
+        "commit_seq": status.commit_seq,
+        "durable_seq": status.durable_seq,
+        "pending_bytes": status.pending_bytes,
+        "active_files": status.active_files,
+        "cached_deks": status.cached_deks,
+        "kms_calls": status.kms_calls,
+        "failed": status.failed,
+    });
+    if let (Some(all), Value::Object(more)) = (facts.as_object_mut(), state) {
+        all.extend(more);
+    }
+    facts
+}
+
+fn key_state(state: KeyState) -> &'static str {
+    match state {
+        KeyState::Live => "live",
+        KeyState::Draining => "draining",
+        KeyState::Revoked => "revoked",
+        KeyState::Erased => "erased",
+        KeyState::Denied => "denied",
+        KeyState::Unreachable => "unreachable",
+    }
+}

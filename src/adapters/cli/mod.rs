@@ -1,0 +1,179 @@
+//! The command line: `cmkfs create`, `mount`, `umount`, `status`.
+
+mod background;
+mod control;
+mod create;
+mod logging;
+mod mount;
+mod mounts;
+mod options;
+mod status;
+mod umount;
+
+use crate::engine::{KeyError, OpenError, Superblock};
+use clap::{Args, Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// An encrypted filesystem whose keys a KMS can revoke and destroy.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cmkfs",
+    version,
+    after_help = "\
+Examples:
+  cmkfs create ~/vault --key-id alias/home      make a volume under a CMK of kmsd
+  cmkfs mount ~/vault ~/private                 mount it, and go to the background
+  cmkfs mount -o ro,cache=none ~/vault /mnt     read-only, with no plaintext in the page cache
+  cmkfs status ~/private --json                 state of the key, of the log and of the caches
+  cmkfs umount ~/private                        returns when everything is on disk
+
+The socket of kmsd is --socket, else $KMS_SOCKET, else $XDG_RUNTIME_DIR/kmsd/kmsd.sock, else /run/kmsd/kmsd.sock.
+What a program sees when the key may not be used: EKEYREVOKED while it is disabled or pending deletion, ENOKEY once
+it is destroyed, EKEYREJECTED if kmsd denies the caller, EKEYEXPIRED if kmsd is out of reach for longer than its lease."
+)]
+struct Arguments {
+    /// Socket of kmsd.
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a volume in a directory that is empty or not there.
+    Create(CreateArguments),
+    /// Mount a volume; returns when the mount answers.
+    Mount(MountArguments),
+    /// Unmount; returns when everything is on disk and the volume is released.
+    Umount(UmountArguments),
+    /// Show the state of a mounted volume, or what an unmounted one says of itself.
+    Status(StatusArguments),
+}
+
+#[derive(Debug, Args)]
+struct CreateArguments {
+    /// Directory for the volume.
+    volume: PathBuf,
+    /// The CMK: a key id, an ARN, or alias/NAME.
+    #[arg(long, value_name = "KEY")]
+    key_id: String,
+}
+
+#[derive(Debug, Args)]
+struct MountArguments {
+    /// The volume's directory.
+    volume: PathBuf,
+    /// An existing directory.
+    mountpoint: PathBuf,
+    /// Options, separated by commas: ro, rw, allow_other (the default for root), noallow_other, nosuid, nodev, noexec,
+    /// suid, dev, exec, noatime, cache=writeback, cache=none, publish_interval_ms=N, key_poll_interval_ms=N,
+    /// block_cache_mib=N, dek_cache_entries_max=N, node_cache_entries_max=N.
+    #[arg(short = 'o', value_name = "OPTIONS", verbatim_doc_comment)]
+    options: Vec<String>,
+    /// Stay in the foreground, and log to the standard error output.
+    #[arg(long)]
+    foreground: bool,
+    /// Log to this file, not to syslog. $CMKFS_LOG sets the level: error, warn, info (the default), debug.
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct UmountArguments {
+    /// Where the volume is mounted.
+    mountpoint: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct StatusArguments {
+    /// A mount point, or a volume's directory.
+    path: PathBuf,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the program: one line on the standard error output and exit status 1 for whatever goes wrong.
+#[must_use]
+pub fn run() -> ExitCode {
+    let arguments = Arguments::parse();
+    let socket = kms_client::socket_path(arguments.socket.as_deref());
+    let done = match arguments.command {
+        Command::Create(arguments) => create::run(&arguments, &socket),
+        Command::Mount(arguments) => mount::run(&arguments, &socket),
+        Command::Umount(arguments) => umount::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("cmkfs: {}", one_line(&message));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What went wrong, for a person: names what is wrong and what to do.
+type Failure = String;
+
+fn one_line(message: &str) -> String {
+    message.lines().map(str::trim).collect::<Vec<_>>().join(" ")
+}
+
+fn key_failure(error: &KeyError, socket: &Path) -> Failure {
+    match error {
+        KeyError::Revoked => "the key is disabled or pending deletion; 'kmsctl enable-key' or 'kmsctl \
+            cancel-key-deletion' brings it back"
+            .to_owned(),
+        KeyError::Erased => "the key is destroyed or unknown to this kmsd".to_owned(),
+        KeyError::Denied => "kmsd refuses this user the key".to_owned(),
+        KeyError::Unreachable(why) => format!(
+            "kmsd does not answer on {}: start it, or name its socket with --socket or $KMS_SOCKET ({why})",
+            socket.display()
+        ),
+        KeyError::BadBlob => {
+            "the volume's key does not open: the superblock was changed, or kmsd has another key of that name"
+                .to_owned()
+        }
+        KeyError::Other(message) => format!("kmsd: {message}"),
+    }
+}
+
+fn open_failure(error: &OpenError, volume: &Path, socket: &Path) -> Failure {
+    match error {
+        OpenError::Key(error) => key_failure(error, socket),
+        OpenError::AlreadyMounted => format!("{} is mounted already", volume.display()),
+        OpenError::NotAVolume => {
+            format!(
+                "{} is no cmkfs volume: it has no superblock; 'cmkfs create' makes one",
+                volume.display()
+            )
+        }
+        OpenError::FutureFormat { found, known } => format!(
+            "{} has format version {found}, this program knows versions up to {known}: use a newer cmkfs",
+            volume.display()
+        ),
+        other => format!("{}: {other}", volume.display()),
+    }
+}
+
+fn read_superblock(volume: &Path, socket: &Path) -> Result<Superblock, Failure> {
+    Superblock::read(volume).map_err(|error| open_failure(&error, volume, socket))
+}
+
+/// A UUID in its usual form.
+fn uuid_text(uuid: [u8; 16]) -> String {
+    uuid::Uuid::from_bytes(uuid).to_string()
+}
+
+/// The canonical path of a directory that is there.
+fn existing_directory(path: &Path, what: &str) -> Result<PathBuf, Failure> {
+    let found = std::fs::canonicalize(path).map_err(|error| format!("{what} {}: {error}", path.display()))?;
+    if found.is_dir() {
+        Ok(found)
+    } else {
+        Err(format!("{what} {} is no directory", path.display()))
+    }
+}

@@ -1,0 +1,167 @@
+//! `cmkfs mount`: the process that serves a mount from its first request to its last.
+
+use super::background::{Report, Side, split};
+use super::options::{MountOptions, parse};
+use super::{
+    Failure, MountArguments, control, existing_directory, key_failure, logging, one_line, open_failure,
+    read_superblock,
+};
+use crate::adapters::fuse::{Mounted, unmount};
+use crate::adapters::kms::{SessionKeys, connect};
+use crate::engine::{Superblock, SystemClock, Volume};
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What is to be mounted, with every path made independent of the working directory.
+struct Plan {
+    volume: PathBuf,
+    mountpoint: PathBuf,
+    socket: PathBuf,
+    superblock: Superblock,
+    options: MountOptions,
+    log_file: Option<PathBuf>,
+    foreground: bool,
+}
+
+pub(super) fn run(arguments: &MountArguments, socket: &Path) -> Result<(), Failure> {
+    let plan = plan(arguments, socket)?;
+    let mut report = if plan.foreground {
+        Report::to_nobody()
+    } else {
+        match split()? {
+            Side::Parent(outcome) => return outcome,
+            Side::Child(report) => report,
+        }
+    };
+    let served =
+        logging::start(plan.foreground, plan.log_file.as_deref()).and_then(|()| serve(&plan, &mut report));
+    match served {
+        // The parent says it, on the terminal.
+        Err(message) if report.is_awaited() => {
+            report.failed(&one_line(&message));
+            std::process::exit(1);
+        }
+        Err(message) if !plan.foreground => {
+            tracing::error!("{message}");
+            std::process::exit(1);
+        }
+        other => other,
+    }
+}
+
+fn plan(arguments: &MountArguments, socket: &Path) -> Result<Plan, Failure> {
+    let options = parse(&arguments.options, rustix::process::geteuid().is_root())?;
+    let volume = existing_directory(&arguments.volume, "volume")?;
+    let mountpoint = existing_directory(&arguments.mountpoint, "mount point")?;
+    if mountpoint.starts_with(&volume) || volume.starts_with(&mountpoint) {
+        return Err(format!(
+            "the volume {} and the mount point {} lie one inside the other",
+            volume.display(),
+            mountpoint.display()
+        ));
+    }
+    let absolute =
+        |path: &Path| std::path::absolute(path).map_err(|error| format!("{}: {error}", path.display()));
+    Ok(Plan {
+        superblock: read_superblock(&volume, socket)?,
+        socket: absolute(socket)?,
+        log_file: arguments.log_file.as_deref().map(absolute).transpose()?,
+        foreground: arguments.foreground,
+        volume,
+        mountpoint,
+        options,
+    })
+}
+
+fn serve(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
+    harden().map_err(|error| format!("the process cannot be protected: {error}"))?;
+    let client = connect(&plan.socket).map_err(|error| key_failure(&error, &plan.socket))?;
+    let keys = SessionKeys::open(client, plan.superblock.volume(), plan.superblock.cmk_arn())
+        .map_err(|error| key_failure(&error, &plan.socket))?;
+    let volume = Volume::open(
+        &plan.volume,
+        plan.options.engine,
+        Arc::new(keys),
+        Arc::new(SystemClock),
+    )
+    .map_err(|error| open_failure(&error, &plan.volume, &plan.socket))?;
+    let served = serve_open(plan, &volume, report);
+    let closed = volume
+        .close()
+        .map_err(|error| format!("what was written last may be lost: {error}"));
+    served.and(closed)
+}
+
+fn serve_open(plan: &Plan, volume: &Arc<Volume>, report: &mut Report) -> Result<(), Failure> {
+    let _control = control::start(
+        Arc::downgrade(volume),
+        &plan.volume,
+        &plan.mountpoint,
+        &plan.superblock,
+    )?;
+    // Blocked from before the mount is there, so that none of them finds it half made.
+    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| format!("no signals: {error}"))?;
+    let mounted = Mounted::start(
+        volume,
+        &plan.volume,
+        &plan.mountpoint,
+        plan.options.flags,
+        plan.options.cache,
+    )
+    .map_err(|error| format!("cannot mount on {}: {error}", plan.mountpoint.display()))?;
+    let handle = signals.handle();
+    let mountpoint = plan.mountpoint.clone();
+    let unmounting = std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            for signal in signals.forever() {
+                tracing::info!(signal, "unmounting");
+                end(&mountpoint);
+            }
+        });
+    let unmounting = unmounting.map_err(|error| format!("no thread for signals: {error}"))?;
+    report.ready();
+    let ended = mounted
+        .wait()
+        .map_err(|error| format!("the mount broke off: {error}"));
+    handle.close();
+    if unmounting.join().is_err() {
+        tracing::error!("the thread for signals panicked");
+    }
+    ended
+}
+
+/// A busy mount leaves the tree at once, and ends when the last program has let go of it.
+fn end(mountpoint: &Path) {
+    let done = unmount(mountpoint, false).or_else(|error| {
+        tracing::warn!(%error, "the mount is in use: it ends when its last user does");
+        unmount(mountpoint, true)
+    });
+    if let Err(error) = done {
+        tracing::error!(%error, "cannot unmount");
+    }
+}
+
+/// No core dumps and no debuggers, files for the owner alone, and as many open files as are permitted.
+fn harden() -> rustix::io::Result<()> {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    rustix::process::setrlimit(
+        Resource::Core,
+        Rlimit {
+            current: Some(0),
+            maximum: Some(0),
+        },
+    )?;
+    let files = rustix::process::getrlimit(Resource::Nofile);
+    rustix::process::setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: files.maximum,
+            maximum: files.maximum,
+        },
+    )
+}

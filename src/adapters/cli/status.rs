@@ -1,0 +1,39 @@
+//! `cmkfs status`
+
+use super::{Failure, StatusArguments, control, existing_directory, mounts, open_failure};
+use crate::engine::Superblock;
+use serde_json::Value;
+use std::io::Write;
+use std::path::Path;
+
+pub(super) fn run(arguments: &StatusArguments) -> Result<(), Failure> {
+    let dir = match mounts::find(&arguments.path)? {
+        Some(mount) => mount.volume,
+        None => existing_directory(&arguments.path, "volume")?,
+    };
+    let state = match control::ask(&dir)? {
+        Some(state) => state,
+        None => {
+            let superblock =
+                Superblock::read(&dir).map_err(|error| open_failure(&error, &dir, Path::new("")))?;
+            control::facts(&dir, &superblock)
+        }
+    };
+    let text = if arguments.json {
+        state.to_string()
+    } else {
+        table(&state)
+    };
+    // A reader that hangs up has seen what it wanted.
+    let _heard = writeln!(std::io::stdout(), "{text}");
+    Ok(())
+}
+
+fn table(state: &Value) -> String {
+    let fields = state.as_object().into_iter().flatten();
+    let lines = fields.map(|(name, value)| {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        format!("{:<16}{value}", name.replace('_', " "))
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}

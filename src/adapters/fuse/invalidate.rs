@@ -1,0 +1,105 @@
+//! What the kernel caches of a file, made to go: pages, attributes, symlink targets.
+//!
+//! Invalidation writes dirty pages back first, through requests that a FUSE loop has to answer: it is never done on
+//! one.
+
+use crate::engine::{CacheObserver, Ino, Seek, Volume};
+use fuser::{Errno, INodeNo, Notifier, ReplyLseek};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+/// Searches for data or holes that may wait to be laundered.
+const LAUNDRY_MAX: usize = 256;
+
+/// Drops what the kernel caches when the volume goes dark.
+pub(super) struct Purger(pub(super) Notifier);
+
+impl CacheObserver for Purger {
+    fn purge(&self, inodes: &[Ino]) {
+        // Attributes first: once they are expired, new write(2) calls ask and are refused.
+        for ino in inodes {
+            expire_attributes(&self.0, *ino);
+        }
+        for ino in inodes {
+            drop_pages(&self.0, *ino);
+        }
+    }
+}
+
+/// A negative offset leaves the pages alone (fuse_reverse_inval_inode in the kernel).
+fn expire_attributes(notifier: &Notifier, ino: Ino) {
+    log_failure(ino, notifier.inval_inode(INodeNo(ino.0), -1, 0));
+}
+
+fn drop_pages(notifier: &Notifier, ino: Ino) {
+    log_failure(ino, notifier.inval_inode(INodeNo(ino.0), 0, 0));
+}
+
+fn log_failure(ino: Ino, result: std::io::Result<()>) {
+    match result {
+        // The kernel has forgotten the inode, or the mount is gone: nothing is cached.
+        Err(error)
+            if !matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ENOTCONN | libc::ENODEV)
+            ) =>
+        {
+            tracing::warn!(inode = ino.0, %error, "the kernel did not drop its cache");
+        }
+        _ => {}
+    }
+}
+
+/// A search that must see what the kernel has not written back.
+pub(super) struct Search {
+    pub(super) ino: Ino,
+    pub(super) offset: u64,
+    pub(super) what: Seek,
+    pub(super) reply: ReplyLseek,
+}
+
+/// Answers searches in files with writers, after having their dirty pages written back.
+pub(super) struct Laundry(SyncSender<Search>);
+
+impl Laundry {
+    /// Starts the thread. It ends with the last sender.
+    pub(super) fn start(volume: Arc<Volume>, notifier: Notifier) -> std::io::Result<Self> {
+        let (sender, searches) = sync_channel(LAUNDRY_MAX);
+        std::thread::Builder::new()
+            .name("laundry".to_owned())
+            .spawn(move || launder(&volume, &notifier, &searches))?;
+        Ok(Self(sender))
+    }
+
+    /// Takes a search over. With too many waiting, its caller is told to try again.
+    pub(super) fn take(&self, search: Search) {
+        if let Err(error) = self.0.try_send(search) {
+            let (std::sync::mpsc::TrySendError::Full(search)
+            | std::sync::mpsc::TrySendError::Disconnected(search)) = error;
+            search.reply.error(Errno::from_i32(libc::EAGAIN));
+        }
+    }
+}
+
+fn launder(volume: &Volume, notifier: &Notifier, searches: &Receiver<Search>) {
+    while let Ok(Search {
+        ino,
+        offset,
+        what,
+        reply,
+    }) = searches.recv()
+    {
+        drop_pages(notifier, ino);
+        answer_search(
+            reply,
+            volume.seek(ino, offset, what).map_err(|error| error.errno()),
+        );
+    }
+}
+
+pub(super) fn answer_search(reply: ReplyLseek, found: Result<u64, i32>) {
+    match found {
+        Ok(at) => reply.offset(i64::try_from(at).unwrap_or(i64::MAX)),
+        Err(errno) => reply.error(Errno::from_i32(errno)),
+    }
+}

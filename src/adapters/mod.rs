@@ -1,0 +1,5 @@
+//! What connects the engine to the world: the kernel, the KMS, the command line.
+
+pub mod cli;
+pub mod fuse;
+pub mod kms;

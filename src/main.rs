@@ -1,0 +1,7 @@
+//! The `cmkfs` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cmkfs::adapters::cli::run()
+}
