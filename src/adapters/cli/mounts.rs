@@ -21,8 +21,7 @@ pub(super) fn find(mountpoint: &Path) -> Result<Option<Mount>, Failure> {
     let found = table
         .split(|byte| *byte == b'\n')
         .filter_map(parse)
-        .filter(|(mount, _)| mount.mountpoint == at)
-        .next_back();
+        .rfind(|(mount, _)| mount.mountpoint == at);
     Ok(found.filter(|(_, is_ours)| *is_ours).map(|(mount, _)| mount))
 }
 
