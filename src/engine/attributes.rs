@@ -16,6 +16,9 @@ use std::sync::Arc;
 const VALUE_BYTES_MAX: usize = 65_536;
 /// File capabilities, dropped whenever content or owner changes.
 const CAPABILITY: &[u8] = b"security.capability";
+/// Attributes with a meaning for the kernel, POSIX ACLs above all. Stored without that meaning they would mislead:
+/// cp(1) sets the mode of a copy through its ACL where a filesystem takes one.
+const SYSTEM: &[u8] = b"system.";
 const SUID: u16 = 0o4000;
 const SGID: u16 = 0o2000;
 const GROUP_EXEC: u16 = 0o010;
@@ -63,6 +66,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
+        refuse_system(name)?;
         let node = self.node(ino)?;
         let state = node.state.read();
         if state.record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
@@ -75,6 +79,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()> {
+        refuse_system(name)?;
         if name.is_empty() || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ERANGE));
         }
@@ -116,6 +121,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
+        refuse_system(name)?;
         let node = self.node(ino)?;
         if node.state.read().record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ENODATA));
@@ -130,6 +136,14 @@ impl Access<'_> {
         record.xattrs = record.xattrs.saturating_sub(1);
         record.ctime = now;
         staged.commit(self, batch)
+    }
+}
+
+fn refuse_system(name: &[u8]) -> Result<()> {
+    if name.starts_with(SYSTEM) {
+        Err(Error::Posix(libc::EOPNOTSUPP))
+    } else {
+        Ok(())
     }
 }
 

@@ -283,7 +283,7 @@ impl Volume {
     /// getxattr(2).
     ///
     /// # Errors
-    /// ENODATA.
+    /// ENODATA; EOPNOTSUPP for POSIX ACLs and the rest of `system.`.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         self.core.serve()?.getxattr(ino, name)
     }
@@ -291,7 +291,8 @@ impl Volume {
     /// setxattr(2).
     ///
     /// # Errors
-    /// EEXIST, ENODATA, ERANGE for a name beyond 255 bytes, E2BIG for a value beyond 65,536.
+    /// EEXIST, ENODATA, ERANGE for a name beyond 255 bytes, E2BIG for a value beyond 65,536,
+    /// EOPNOTSUPP as for [`Self::getxattr`].
     pub fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()> {
         self.core.change()?.setxattr(ino, name, value, how)
     }
@@ -307,7 +308,7 @@ impl Volume {
     /// removexattr(2).
     ///
     /// # Errors
-    /// ENODATA.
+    /// ENODATA; EOPNOTSUPP as for [`Self::getxattr`].
     pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
         self.core.change()?.removexattr(ino, name)
     }
