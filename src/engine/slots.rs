@@ -56,6 +56,7 @@ impl Slots {
 
     /// The slot file of an inode that has none published: what an earlier crash left in it is thrown away.
     pub(crate) fn fresh(&self, ino: Ino) -> Result<Arc<SlotFile>> {
+        self.restore_shard(ino)?;
         let file = self.get(
             ino,
             OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC,
@@ -64,6 +65,16 @@ impl Slots {
             sync_dir(parent)?;
         }
         Ok(file)
+    }
+
+    /// Makes a directory that a backup left out because it was empty.
+    fn restore_shard(&self, ino: Ino) -> Result<()> {
+        let path = self.path(ino);
+        let Some(shard) = path.parent().filter(|shard| !shard.exists()) else {
+            return Ok(());
+        };
+        std::fs::create_dir_all(shard).map_err(|error| Error::io("create data directory", &error))?;
+        sync_dir(&self.dir)
     }
 
     fn get(&self, ino: Ino, flags: OFlags) -> Result<Arc<SlotFile>> {

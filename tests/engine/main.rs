@@ -3,6 +3,11 @@
 // clippy.toml permits these in functions marked #[test] alone; here everything is a test, or helps one.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
+mod corruption;
+mod crash;
+mod directories;
+mod golden;
 mod keys;
 mod model;
 mod support;
+mod tree;

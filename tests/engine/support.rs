@@ -272,3 +272,34 @@ pub fn eventually(holds: impl Fn() -> bool) {
         std::thread::yield_now();
     }
 }
+
+/// Copies a directory with all that is in it.
+pub fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap() {
+            kind if kind.is_dir() => copy_dir(&entry.path(), &target),
+            _ => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+/// Every file below a directory, in a fixed order.
+pub fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path)
+            } else {
+                files.push(path)
+            }
+        }
+    }
+    files.sort();
+    files
+}
