@@ -9,7 +9,7 @@ use super::format::chunk::{BLOCK, Block, CHUNK, CHUNK_BLOCKS, Chunk, Seal};
 use super::format::rowkey::{self, Family};
 use super::keys::FileKey;
 use super::node::{Node, NodeState, PendingChunk};
-use super::types::Ino;
+use super::types::{Ino, Timestamp};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -234,9 +234,15 @@ impl Access<'_> {
         })
     }
 
-    /// Writes `data` at `offset`; the size grows with it. Returns the bytes written: fewer than given only when
-    /// storage refused the rest.
-    pub(crate) fn write(&self, node: &Arc<Node>, offset: u64, data: &[u8]) -> Result<usize> {
+    /// Writes `data` at `offset`; the size grows with it, and the file's times become `stamp`. Returns the bytes
+    /// written: fewer than given only when storage refused the rest.
+    pub(crate) fn write(
+        &self,
+        node: &Arc<Node>,
+        offset: u64,
+        data: &[u8],
+        stamp: Option<Timestamp>,
+    ) -> Result<usize> {
         let end = offset
             .checked_add(data.len() as u64)
             .filter(|end| *end <= FILE_BYTES_MAX);
@@ -250,7 +256,12 @@ impl Access<'_> {
         incoming.seal_whole_blocks(self, &key)?;
         let reached = {
             let mut state = node.state.write();
-            self.take_in(node, &mut state, &key, incoming, end)?
+            let reached = self.take_in(node, &mut state, &key, incoming, end)?;
+            if let Some(now) = stamp {
+                state.record.mtime = now;
+                state.record.ctime = now;
+            }
+            reached
         };
         if self.active.is_over_budget() {
             self.publish(node)?;
@@ -301,9 +312,6 @@ impl Access<'_> {
             (blocks, _) => (first + blocks as u64).saturating_mul(BLOCK_U64).min(end),
         };
         state.record.content.size = state.record.content.size.max(reached);
-        let now = self.now();
-        state.record.mtime = now;
-        state.record.ctime = now;
         state.file.dirty = true;
         state.file.written = Some(self.clock.monotonic());
         self.active.add(node, state);

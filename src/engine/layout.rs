@@ -252,11 +252,8 @@ impl Access<'_> {
                 .min(COPY_BYTES);
             let part = buffer.get_mut(..want).unwrap_or_default();
             let count = self.read(from.0, from.1.saturating_add(copied), part)?;
-            let written = self.write(
-                to.0,
-                to.1.saturating_add(copied),
-                part.get(..count).unwrap_or_default(),
-            )?;
+            let part = part.get(..count).unwrap_or_default();
+            let written = self.write(to.0, to.1.saturating_add(copied), part, Some(self.now()))?;
             copied = copied.saturating_add(written as u64);
             if written < want {
                 break;

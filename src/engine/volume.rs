@@ -332,19 +332,28 @@ impl Volume {
         access.read(&access.regular(ino)?, offset, buffer)
     }
 
-    /// Writes at `offset`, extending the size; returns how many bytes, fewer than given only when storage refused
-    /// the rest. `kill_suid_sgid` clears suid, sgid and capabilities first. Accepted while the volume goes dark: the
-    /// kernel then writes back what it had taken before.
+    /// Writes for a program at `offset`, extending the size; returns how many bytes, fewer than given only when
+    /// storage refused the rest. `kill_suid_sgid` clears suid, sgid and capabilities first.
     ///
     /// # Errors
     /// EFBIG, ENOSPC; [`Error::Poisoned`] after a failed sync.
     pub fn write(&self, ino: Ino, offset: u64, data: &[u8], kill_suid_sgid: bool) -> Result<usize> {
-        let access = self.core.drain()?;
+        let access = self.core.change()?;
         let node = access.regular(ino)?;
         if kill_suid_sgid {
             access.drop_privileges(&node)?;
         }
-        access.write(&node, offset, data)
+        access.write(&node, offset, data, Some(access.now()))
+    }
+
+    /// Takes in what the kernel's page cache held. The times stay: the kernel keeps them with the pages, and sends
+    /// them by [`Self::setattr`]. Accepted while the volume goes dark, too.
+    ///
+    /// # Errors
+    /// Those of [`Self::write`].
+    pub fn write_back(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<usize> {
+        let access = self.core.drain()?;
+        access.write(&access.regular(ino)?, offset, data, None)
     }
 
     /// fallocate(2).

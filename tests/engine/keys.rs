@@ -117,3 +117,19 @@ fn ten_thousand_creates_make_at_most_a_hundred_calls() {
     assert!(calls <= 100, "{calls} calls");
     volume.close().unwrap();
 }
+
+#[test]
+fn what_the_page_cache_held_changes_content_but_no_times() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let file = volume.make(Ino::ROOT, b"file", &FILE).unwrap();
+    fixture.clock.advance(std::time::Duration::from_secs(100));
+    volume.write_back(file.ino, 0, b"content").unwrap();
+    let attr = volume.getattr(file.ino).unwrap();
+    assert_eq!((attr.size, attr.mtime, attr.ctime), (7, file.mtime, file.ctime));
+    volume.write(file.ino, 0, b"C", false).unwrap();
+    assert_eq!(
+        volume.getattr(file.ino).unwrap().mtime.secs,
+        file.mtime.secs + 100
+    );
+}

@@ -422,10 +422,13 @@ impl Filesystem for CmkFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let is_writeback = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        match self.call("write", ino, |volume| {
-            volume.write(Ino(ino.0), offset, data, kill)
-        }) {
+        let written = self.call("write", ino, |volume| match is_writeback {
+            true => volume.write_back(Ino(ino.0), offset, data),
+            false => volume.write(Ino(ino.0), offset, data, kill),
+        });
+        match written {
             Ok(count) => reply.written(u32::try_from(count).unwrap_or(u32::MAX)),
             Err(errno) => reply.error(errno),
         }

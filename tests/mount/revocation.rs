@@ -1,0 +1,123 @@
+//! A key that is disabled, scheduled for deletion, and enabled again under a mounted volume.
+
+use crate::world::{World, errno, eventually, noise};
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+
+const SIZE: usize = 1 << 20;
+
+fn refused<T>(result: std::io::Result<T>) -> bool {
+    errno(result) == libc::EKEYREVOKED
+}
+
+/// Reads the first byte of a shared mapping in a child, which a SIGBUS ends.
+fn mapped_page_is_readable(file: &File) -> bool {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the child makes async-signal-safe calls alone, and reads one byte of a mapping of its own.
+    unsafe {
+        match libc::fork() {
+            0 => {
+                let at = libc::mmap(
+                    std::ptr::null_mut(),
+                    4096,
+                    libc::PROT_READ,
+                    libc::MAP_SHARED,
+                    file.as_raw_fd(),
+                    0,
+                );
+                if at == libc::MAP_FAILED {
+                    libc::_exit(2);
+                }
+                std::hint::black_box(std::ptr::read_volatile(at.cast::<u8>()));
+                libc::_exit(0);
+            }
+            child => {
+                let mut status = 0;
+                assert_eq!(libc::waitpid(child, &raw mut status, 0), child);
+                status == 0
+            }
+        }
+    }
+}
+
+#[test]
+fn a_disabled_key_refuses_everything_and_an_enabled_one_brings_it_back_without_a_remount() {
+    let mut world = World::new();
+    let bytes = noise(1, SIZE);
+    fs::create_dir(world.at("dir")).unwrap();
+    fs::write(world.at("dir/file"), &bytes).unwrap();
+    fs::write(world.at("other"), b"other").unwrap();
+    std::os::unix::fs::symlink("dir/file", world.at("link")).unwrap();
+    let mut open = File::open(world.at("dir/file")).unwrap();
+    let writer = File::options().write(true).open(world.at("other")).unwrap();
+    // Everything is in the kernel's caches now, and this write in nothing else.
+    assert_eq!(fs::read(world.at("link")).unwrap(), bytes);
+    assert!(mapped_page_is_readable(&open));
+    writer.write_all_at(b"late!", 0).unwrap();
+
+    world.with_key("disable-key");
+    eventually("an open file cannot be read", || {
+        refused(open.read_at(&mut [0; 16], 0))
+    });
+    assert!(refused(open.read_at(&mut [0; 16], (SIZE - 16) as u64)));
+    assert!(!mapped_page_is_readable(&open));
+    assert!(refused(open.read(&mut [0; 16])));
+    assert!(refused(open.metadata()));
+    assert!(refused(fs::metadata(world.at("dir/file"))));
+    assert!(refused(File::open(world.at("other"))));
+    assert!(refused(fs::read_link(world.at("link"))));
+    assert!(refused(
+        fs::read_dir(world.at("dir")).and_then(|mut dir| dir
+            .next()
+            .unwrap_or(Err(std::io::Error::from_raw_os_error(libc::EKEYREVOKED))))
+    ));
+    assert!(refused(fs::write(world.at("new"), b"x")));
+    assert!(refused(writer.sync_all()));
+
+    world.with_key("enable-key");
+    eventually("the open file can be read again", || {
+        open.read_at(&mut [0; 16], 0).is_ok()
+    });
+    assert_eq!(fs::read(world.at("link")).unwrap(), bytes);
+    assert!(mapped_page_is_readable(&open));
+    assert_eq!(fs::read(world.at("other")).unwrap(), b"late!");
+    fs::write(world.at("new"), b"x").unwrap();
+    drop((open, writer));
+    world.unmount();
+}
+
+#[test]
+fn a_key_pending_deletion_refuses_like_a_disabled_one() {
+    let world = World::new();
+    fs::write(world.at("file"), b"content").unwrap();
+    world
+        .kmsctl(&[
+            "schedule-key-deletion",
+            "--key-id",
+            &world.key,
+            "--pending-window-in-days",
+            "7",
+        ])
+        .unwrap();
+    eventually("the file cannot be read", || refused(fs::read(world.at("file"))));
+    world.with_key("cancel-key-deletion");
+    if fs::read(world.at("file")).is_err() {
+        world.kmsctl(&["enable-key", "--key-id", &world.key]).ok();
+    }
+    eventually("the file can be read again", || {
+        fs::read(world.at("file")).is_ok_and(|bytes| bytes == b"content")
+    });
+}
+
+#[test]
+fn a_mount_can_be_ended_while_its_key_is_disabled() {
+    let mut world = World::new();
+    fs::write(world.at("file"), b"content").unwrap();
+    world.with_key("disable-key");
+    eventually("the file cannot be read", || refused(fs::read(world.at("file"))));
+    world.unmount();
+    world.with_key("enable-key");
+    world.mount(&[]);
+    assert_eq!(fs::read(world.at("file")).unwrap(), b"content");
+}

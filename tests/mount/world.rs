@@ -1,0 +1,302 @@
+//! A kmsd, a key, a volume and its mount in a scratch directory, all of them taken down whatever happens.
+
+use serde_json::Value;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Longest wait for something that must come about; no test's outcome depends on how soon it does.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Everything a test needs.
+pub struct World {
+    kmsd: Option<Child>,
+    mount: Option<Child>,
+    pub key: String,
+    scratch: TempDir,
+}
+
+/// A program of this workspace.
+pub fn program(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_cmkfs")).with_file_name(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run 'cargo build --release --workspace --bins' first, as scripts/test.sh does",
+        path.display()
+    );
+    path
+}
+
+/// Waits until `holds`.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(
+            start.elapsed() < LIMIT,
+            "within a minute it was never so that {what}"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+impl World {
+    /// A mounted volume.
+    pub fn new() -> Self {
+        let mut world = Self::unmounted();
+        world.mount(&[]);
+        world
+    }
+
+    /// A volume that is not mounted.
+    pub fn unmounted() -> Self {
+        let world = Self::without_volume();
+        world.cmkfs_ok(&["create", world.volume().to_str().unwrap(), "--key-id", &world.key]);
+        world
+    }
+
+    /// A kmsd with a key.
+    pub fn without_volume() -> Self {
+        let fuse = File::options().read(true).write(true).open("/dev/fuse");
+        fuse.expect_fuse();
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "these tests mount, change owners and users: run them as root"
+        );
+        let scratch = tempfile::tempdir().unwrap();
+        let mut world = Self {
+            kmsd: None,
+            mount: None,
+            key: String::new(),
+            scratch,
+        };
+        // Tests act as other users in the mount.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(world.path(""), mode).unwrap();
+        std::fs::create_dir(world.mnt()).unwrap();
+        let home = world.keystore();
+        let init = Command::new(program("kmsd"))
+            .arg("init")
+            .arg("--home")
+            .arg(home)
+            .output()
+            .unwrap();
+        assert!(init.status.success(), "{init:?}");
+        world.start_kmsd();
+        let created = world.kmsctl(&["create-key"]).unwrap();
+        world.key = created["KeyMetadata"]["KeyId"].as_str().unwrap().to_owned();
+        world
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
+    pub fn volume(&self) -> PathBuf {
+        self.path("volume")
+    }
+
+    pub fn keystore(&self) -> PathBuf {
+        self.path("keystore")
+    }
+
+    pub fn mnt(&self) -> PathBuf {
+        self.path("mnt")
+    }
+
+    /// A path in the mount.
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.mnt().join(name)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path("kmsd.sock")
+    }
+
+    pub fn start_kmsd(&mut self) {
+        let mut child = Command::new(program("kmsd"))
+            .args(["serve", "--home", self.keystore().to_str().unwrap()])
+            .args(["--socket", self.socket().to_str().unwrap()])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        self.kmsd = Some(child);
+        assert!(line.contains("ready"), "kmsd said '{line}'");
+    }
+
+    /// Stops kmsd, in order or with SIGKILL.
+    pub fn stop_kmsd(&mut self, signal: i32) {
+        end(self.kmsd.take().unwrap(), signal);
+    }
+
+    /// An operation of kmsctl: its JSON, or its line of error.
+    pub fn kmsctl(&self, arguments: &[&str]) -> Result<Value, String> {
+        let output = Command::new(program("kmsctl"))
+            .arg("--socket")
+            .arg(self.socket())
+            .args(arguments)
+            .output()
+            .unwrap();
+        if output.status.success() {
+            Ok(serde_json::from_slice(&output.stdout).unwrap())
+        } else {
+            Err(String::from_utf8(output.stderr).unwrap())
+        }
+    }
+
+    pub fn with_key(&self, operation: &str) {
+        self.kmsctl(&[operation, "--key-id", &self.key]).unwrap();
+    }
+
+    pub fn cmkfs(&self, arguments: &[&str]) -> Output {
+        Command::new(program("cmkfs"))
+            .arg("--socket")
+            .arg(self.socket())
+            .args(arguments)
+            .output()
+            .unwrap()
+    }
+
+    pub fn cmkfs_ok(&self, arguments: &[&str]) -> String {
+        let output = self.cmkfs(arguments);
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Mounts in the foreground of a child, so that its pid is known.
+    pub fn mount(&mut self, options: &[&str]) {
+        let child = Command::new(program("cmkfs"))
+            .arg("--socket")
+            .arg(self.socket())
+            .args(["mount", "--foreground"])
+            .args(options)
+            .args([self.volume(), self.mnt()])
+            .stderr(File::create(self.path("mount.log")).unwrap())
+            .spawn()
+            .unwrap();
+        self.mount = Some(child);
+        eventually("the volume is mounted", || {
+            let ended = self.mount.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "{}", self.log());
+            self.is_mounted()
+        });
+    }
+
+    pub fn is_mounted(&self) -> bool {
+        let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        table.contains(self.mnt().to_str().unwrap())
+    }
+
+    /// What the mounting process logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.path("mount.log")).unwrap_or_default()
+    }
+
+    /// Unmounts in order; the process must end well.
+    pub fn unmount(&mut self) {
+        self.cmkfs_ok(&["umount", self.mnt().to_str().unwrap()]);
+        let status = self.mount.take().unwrap().wait().unwrap();
+        assert!(status.success(), "{status:?}: {}", self.log());
+    }
+
+    /// Sends a signal to the mounting process and waits for its end.
+    pub fn end_mount(&mut self, signal: i32) -> std::process::ExitStatus {
+        let status = end(self.mount.take().unwrap(), signal);
+        if signal == libc::SIGKILL {
+            assert_eq!(status.signal(), Some(libc::SIGKILL));
+            detach(&self.mnt());
+        }
+        status
+    }
+
+    /// Calls of kmsd's operations that give keys, so far.
+    pub fn key_calls(&self) -> u64 {
+        let metrics = self.kmsctl(&["get-metrics"]).unwrap();
+        let calls = |operation: &str| {
+            find_object(&metrics, operation)
+                .and_then(|of| of["Calls"].as_u64())
+                .unwrap_or(0)
+        };
+        calls("IssueDataKeys") + calls("OpenDataKeys")
+    }
+}
+
+fn find_object<'v>(value: &'v Value, name: &str) -> Option<&'v Value> {
+    let object = value.as_object()?;
+    object
+        .get(name)
+        .or_else(|| object.values().find_map(|inner| find_object(inner, name)))
+}
+
+trait ExpectFuse {
+    fn expect_fuse(self);
+}
+
+impl ExpectFuse for std::io::Result<File> {
+    fn expect_fuse(self) {
+        if let Err(error) = self {
+            panic!("/dev/fuse cannot be opened ({error}): scripts/setup.sh says how to get it");
+        }
+    }
+}
+
+fn end(mut child: Child, signal: i32) -> std::process::ExitStatus {
+    let pid = rustix::process::Pid::from_child(&child);
+    let signal = rustix::process::Signal::from_named_raw(signal).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+    child.wait().unwrap()
+}
+
+fn detach(mountpoint: &Path) {
+    let flags = rustix::mount::UnmountFlags::DETACH;
+    match rustix::mount::unmount(mountpoint, flags) {
+        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+        Err(errno) => eprintln!("{} stays mounted: {errno}", mountpoint.display()),
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        detach(&self.mnt());
+        for mut child in [self.mount.take(), self.kmsd.take()].into_iter().flatten() {
+            if child.kill().is_err() || child.wait().is_err() {
+                eprintln!("a child of the test is left behind");
+            }
+        }
+        if std::thread::panicking() {
+            eprintln!("the mount's log:\n{}", self.log());
+        }
+    }
+}
+
+/// The errno of a failed operation.
+pub fn errno<T>(result: std::io::Result<T>) -> i32 {
+    match result {
+        Ok(_) => 0,
+        Err(error) => error.raw_os_error().unwrap(),
+    }
+}
+
+/// Bytes that differ between seeds and positions.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut step = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..length).map(|_| step()).collect()
+}
