@@ -24,9 +24,9 @@ const ORPHAN: u8 = b'O';
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Table {
     /// Directory entries.
-    Dirents,
+    Dirents = 0,
     /// Extended attributes.
-    Xattrs,
+    Xattrs = 1,
 }
 
 fn key(domain: Domain, kind: u8, numbers: &[u64]) -> Vec<u8> {
