@@ -60,6 +60,10 @@ impl SessionKeys {
         .map_err(|error| key_error(&error))
     }
 
+    fn described_state(&self) -> Result<KeyState, ClientError> {
+        KeyState::of(&self.client.describe_key(&self.cmk)?)
+    }
+
     /// The session that follows `lost`, opened by whoever comes first.
     fn reopen(&self, lost: &Arc<Session>) -> Result<Arc<Session>, KeyError> {
         let _one_at_a_time = self.reopening.lock();
@@ -104,16 +108,20 @@ impl KeyService for SessionKeys {
 
     fn renew(&self) -> Result<Duration, KeyError> {
         let renewal = self.call(Session::renew)?;
-        let state = renewal
+        let listed = renewal
             .keys
             .iter()
             .find(|key| key.arn == self.cmk)
             .map(|key| key.state);
+        let state = match listed {
+            Some(state) => state,
+            // A new session was given nothing yet, and is told of no key; ours may have been disabled meanwhile.
+            None => self.described_state().map_err(|error| key_error(&error))?,
+        };
         match state {
-            // A session that was given nothing yet holds no key whose state could matter.
-            None | Some(KeyState::Enabled) => Ok(renewal.lease_ttl),
-            Some(KeyState::Disabled | KeyState::PendingDeletion) => Err(KeyError::Revoked),
-            Some(KeyState::PendingImport | KeyState::Destroyed) => Err(KeyError::Erased),
+            KeyState::Enabled => Ok(renewal.lease_ttl),
+            KeyState::Disabled | KeyState::PendingDeletion => Err(KeyError::Revoked),
+            KeyState::PendingImport | KeyState::Destroyed => Err(KeyError::Erased),
         }
     }
 }

@@ -123,6 +123,8 @@ impl Access<'_> {
         batch.count_inodes(-1);
         batch.count_blocks(state.published.blocks, 0);
         let seq = self.commit(batch)?;
+        // Whoever still holds the node must find nothing to publish: it would bring the inode back.
+        state.file.dirty = false;
         self.nodes.remove(ino);
         self.active.remove(ino, state);
         self.keyring.forget(ino);

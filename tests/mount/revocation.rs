@@ -121,3 +121,18 @@ fn a_mount_can_be_ended_while_its_key_is_disabled() {
     world.mount(&[]);
     assert_eq!(fs::read(world.at("file")).unwrap(), b"content");
 }
+
+#[test]
+fn a_key_that_was_disabled_while_kmsd_was_started_anew_is_noticed() {
+    let mut world = World::new();
+    fs::write(world.at("file"), b"content").unwrap();
+    world.stop_kmsd(libc::SIGKILL);
+    world.start_kmsd();
+    // Nothing that this mount does asks the new kmsd for a key.
+    world.with_key("disable-key");
+    eventually("the file cannot be read", || refused(fs::read(world.at("file"))));
+    world.with_key("enable-key");
+    eventually("the file can be read again", || {
+        fs::read(world.at("file")).is_ok()
+    });
+}

@@ -34,6 +34,16 @@ pub enum KeyState {
     Destroyed,
 }
 
+impl KeyState {
+    /// The state in a description of a key.
+    ///
+    /// # Errors
+    /// [`ClientError::Protocol`] for a state that this client does not know.
+    pub fn of(metadata: &proto::KeyMetadata) -> Result<Self, ClientError> {
+        key_state(metadata.key_state())
+    }
+}
+
 /// A key that a session uses, and its state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyStatus {
