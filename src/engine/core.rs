@@ -6,11 +6,12 @@ use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::Clock;
 use super::commit::{Batch, Committer, Seq};
+use super::dek::Misses;
 use super::error::{Error, Result};
 use super::format::inode::InodeRecord;
 use super::format::rowkey::{self, Family};
 use super::keyring::{Admission, Keyring, Purpose};
-use super::keys::{DomainKeys, FileKey};
+use super::keys::DomainKeys;
 use super::keyservice::CacheObserver;
 use super::node::{Node, NodeTable};
 use super::nursery::Nursery;
@@ -37,6 +38,7 @@ pub(crate) struct Core {
     pub(crate) nodes: NodeTable,
     pub(crate) chunks: ChunkCache,
     pub(crate) nursery: Nursery,
+    pub(crate) misses: Misses,
     pub(crate) active: Active,
     pub(crate) orphans: Orphans,
     /// Held by renames from one directory to another: while it is, no directory's ancestors change.
@@ -200,12 +202,6 @@ impl Access<'_> {
             FileKind::Directory => Err(Error::Posix(libc::EISDIR)),
             _ => Err(Error::Posix(libc::EINVAL)),
         }
-    }
-
-    /// The content key of a regular file. May ask the KMS, so no lock is to be held.
-    pub(crate) fn file_key(&self, node: &Node) -> Result<Arc<FileKey>> {
-        let wrapped = Arc::clone(&node.state.read().record.wrapped_dek);
-        self.keyring.file_key(node.ino, &wrapped)
     }
 }
 

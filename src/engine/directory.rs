@@ -152,26 +152,4 @@ impl Access<'_> {
         });
         attrs.collect()
     }
-
-    /// Fetches the DEKs of files that a listing showed.
-    pub(crate) fn prefetch_keys(&self, files: &[Ino]) -> Result<()> {
-        let missing: Vec<_> = files
-            .iter()
-            .copied()
-            .filter(|ino| !self.keyring.has_file_key(*ino))
-            .collect();
-        let keys: Vec<_> = missing.iter().map(|ino| rowkey::inode(*ino)).collect();
-        let rows = self.store.multi_get(Family::Meta, &keys)?;
-        let mut wanted = Vec::with_capacity(missing.len());
-        for ((ino, key), sealed) in missing.iter().zip(&keys).zip(rows) {
-            // A file may have been deleted since.
-            let Some(sealed) = sealed else { continue };
-            wanted.push((
-                *ino,
-                decode_record(*ino, &self.open_row(*ino, key, &sealed)?)?.wrapped_dek,
-            ));
-        }
-        self.keyring.prefetch_files(&wanted);
-        Ok(())
-    }
 }

@@ -173,20 +173,31 @@ impl Keyring {
         Ok(())
     }
 
-    /// The key of a file, asked of the KMS if it is not in memory.
-    pub(crate) fn file_key(&self, ino: Ino, wrapped: &[u8]) -> Result<Arc<FileKey>> {
-        if let Some(key) = self
-            .shard(ino)
-            .and_then(|shard| shard.lock().get(&ino).map(Arc::clone))
-        {
-            return Ok(key);
-        }
-        let mut opened = self
-            .unwrap_deks(&[(ino, wrapped.to_vec())])
+    /// The key of a file, if it is in memory.
+    pub(crate) fn cached_file_key(&self, ino: Ino) -> Option<Arc<FileKey>> {
+        self.shard(ino)?.lock().get(&ino).map(Arc::clone)
+    }
+
+    /// Asks the KMS for the key of a file, and for others in the same call, whose failures show when they are used.
+    pub(crate) fn fetch_file_key(
+        &self,
+        ino: Ino,
+        wrapped: &[u8],
+        others: Vec<(Ino, Vec<u8>)>,
+    ) -> Result<Arc<FileKey>> {
+        let mut wanted = vec![(ino, wrapped.to_vec())];
+        wanted.extend(others);
+        let opened = self
+            .unwrap_deks(&wanted)
             .map_err(|error| key_failure(ino, &error))?;
-        let dek = opened
-            .pop()
-            .unwrap_or(Err(KeyError::Other("no answer for a data key".to_owned())));
+        let mut opened = wanted.iter().zip(opened);
+        let first = opened.next().map(|(_, dek)| dek);
+        for ((other, _), dek) in opened {
+            if let Ok(dek) = dek {
+                self.remember(*other, self.file_key_of(*other, &dek));
+            }
+        }
+        let dek = first.unwrap_or(Err(KeyError::Other("no answer for a data key".to_owned())));
         let key = self.file_key_of(ino, &dek.map_err(|error| key_failure(ino, &error))?);
         self.remember(ino, Arc::clone(&key));
         Ok(key)
@@ -202,14 +213,9 @@ impl Keyring {
         self.shard(ino).is_some_and(|shard| shard.lock().contains(&ino))
     }
 
-    /// Fetches the keys of several files in one call, those in memory left out. Failures show when a key is used.
-    pub(crate) fn prefetch_files(&self, wanted: &[(Ino, Arc<[u8]>)]) {
-        let missing: Vec<_> = wanted
-            .iter()
-            .filter(|(ino, _)| !self.has_file_key(*ino))
-            .map(|(ino, wrapped)| (*ino, wrapped.to_vec()))
-            .collect();
-        for group in missing.chunks(KEYS_PER_CALL_MAX) {
+    /// Fetches the keys of several files. Failures show when a key is used.
+    pub(crate) fn prefetch_files(&self, wanted: &[(Ino, Vec<u8>)]) {
+        for group in wanted.chunks(KEYS_PER_CALL_MAX) {
             let Ok(opened) = self.unwrap_deks(group) else {
                 return;
             };

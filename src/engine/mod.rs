@@ -12,6 +12,7 @@ mod clock;
 mod commit;
 mod content;
 mod core;
+mod dek;
 mod directory;
 mod drain;
 mod error;

@@ -6,6 +6,7 @@ use super::chunkcache::ChunkCache;
 use super::clock::{Clock, SystemClock};
 use super::commit::{Batch, Committer, Seq};
 use super::core::Core;
+use super::dek::Misses;
 use super::error::{Error, Result};
 use super::format::root::RootRecord;
 use super::format::rowkey::{self, Family};
@@ -186,6 +187,7 @@ impl Volume {
             nodes: NodeTable::new(options.node_cache_entries_max),
             chunks: ChunkCache::new(),
             nursery: Nursery::new(options.dek_prefetch),
+            misses: Misses::default(),
             active: Active::default(),
             orphans: Orphans::default(),
             rename: Mutex::new(()),

@@ -133,3 +133,29 @@ fn what_the_page_cache_held_changes_content_but_no_times() {
         file.mtime.secs + 100
     );
 }
+
+#[test]
+fn files_read_one_after_the_other_share_calls() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    for number in 0..2000 {
+        let file = volume
+            .make(Ino::ROOT, format!("file {number}").as_bytes(), &FILE)
+            .unwrap()
+            .ino;
+        volume.write(file, 0, b"some content", false).unwrap();
+    }
+    volume.close().unwrap();
+    drop(volume);
+    let volume = fixture.open();
+    let before = fixture.kms.calls();
+    for number in 0..2000 {
+        let file = volume
+            .lookup(Ino::ROOT, format!("file {number}").as_bytes())
+            .unwrap()
+            .ino;
+        assert_eq!(content(&volume, file).unwrap(), b"some content");
+    }
+    let calls = fixture.kms.calls() - before;
+    assert!(calls <= 50, "{calls} calls");
+}
