@@ -9,5 +9,6 @@ mod directories;
 mod golden;
 mod keys;
 mod model;
+mod reference;
 mod support;
 mod tree;

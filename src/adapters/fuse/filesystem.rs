@@ -2,16 +2,18 @@
 
 use super::convert::{file_attr, file_type, kind_of_mode, negative_attr, permissions, timestamp};
 use super::invalidate::{Laundry, Search, answer_search};
+use super::negotiate::negotiate;
+use super::reply::{GENERATION, TTL, reply_attr, reply_empty, reply_entry, reply_xattr};
 use super::session::CacheMode;
 use crate::engine::{
     Attr, Clock, Cookie, Error, Fallocate, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, SystemClock,
     Taken, Volume,
 };
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
 };
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
@@ -20,40 +22,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-/// How long the kernel may keep names and attributes: nobody else changes them, and a revocation takes them back.
-const TTL: Duration = Duration::from_secs(24 * 3600);
-/// Largest WRITE, in bytes.
-const WRITE_BYTES_MAX: u32 = 1 << 20;
-/// Read-ahead, in bytes; the mount's bdi has a limit of its own.
-const READAHEAD_BYTES_MAX: u32 = 4 << 20;
-/// Requests in the background, read-ahead and writeback among them, before the kernel waits.
-const BACKGROUND_REQUESTS_MAX: u16 = 128;
 /// Most bytes one copy_file_range request copies: the answer counts in 32 bits.
 const COPY_BYTES_MAX: u64 = 1 << 31;
-/// Inode numbers are never reused, so that one generation serves.
-const GENERATION: Generation = Generation(0);
 /// File handles: whether the open file may write.
 const READER: FileHandle = FileHandle(0);
 const WRITER: FileHandle = FileHandle(1);
-
-/// What is asked of the kernel, as far as it knows it. Not POSIX_ACL: ACLs are not enforced yet.
-const CAPABILITIES: [InitFlags; 13] = [
-    InitFlags::FUSE_ASYNC_READ,
-    InitFlags::FUSE_BIG_WRITES,
-    InitFlags::FUSE_ATOMIC_O_TRUNC,
-    InitFlags::FUSE_EXPORT_SUPPORT,
-    InitFlags::FUSE_PARALLEL_DIROPS,
-    InitFlags::FUSE_DO_READDIRPLUS,
-    InitFlags::FUSE_READDIRPLUS_AUTO,
-    InitFlags::FUSE_ASYNC_DIO,
-    InitFlags::FUSE_CACHE_SYMLINKS,
-    InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-    InitFlags::FUSE_MAX_PAGES,
-    InitFlags::FUSE_NO_OPENDIR_SUPPORT,
-    InitFlags::FUSE_EXPLICIT_INVAL_DATA,
-];
 
 /// The engine behind a FUSE session.
 pub(super) struct CmkFs {
@@ -147,36 +122,6 @@ impl CmkFs {
     }
 }
 
-fn reply_entry(reply: ReplyEntry, made: Result<Attr, Errno>) {
-    match made {
-        Ok(attr) => reply.entry(&TTL, &file_attr(&attr), GENERATION),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn reply_attr(reply: ReplyAttr, attr: Result<Attr, Errno>) {
-    match attr {
-        Ok(attr) => reply.attr(&TTL, &file_attr(&attr)),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn reply_empty(reply: ReplyEmpty, done: Result<(), Errno>) {
-    match done {
-        Ok(()) => reply.ok(),
-        Err(errno) => reply.error(errno),
-    }
-}
-
-fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, Errno>) {
-    match value {
-        Ok(value) if size == 0 => reply.size(u32::try_from(value.len()).unwrap_or(u32::MAX)),
-        Ok(value) if value.len() > size as usize => reply.error(Errno::from_i32(libc::ERANGE)),
-        Ok(value) => reply.data(&value),
-        Err(errno) => reply.error(errno),
-    }
-}
-
 fn time_of(time: TimeOrNow) -> crate::engine::Timestamp {
     match time {
         TimeOrNow::SpecificTime(time) => timestamp(time),
@@ -186,24 +131,7 @@ fn time_of(time: TimeOrNow) -> crate::engine::Timestamp {
 
 impl Filesystem for CmkFs {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        let writeback = (self.cache == CacheMode::Writeback).then_some(InitFlags::FUSE_WRITEBACK_CACHE);
-        for capability in CAPABILITIES.into_iter().chain(writeback) {
-            if let Err(missing) = config.add_capabilities(capability) {
-                tracing::debug!(?missing, "the kernel lacks a capability");
-            }
-        }
-        if let Err(most) = config.set_max_write(WRITE_BYTES_MAX) {
-            tracing::debug!(most, "smaller writes than asked for");
-        }
-        if let Err(most) = config.set_max_readahead(READAHEAD_BYTES_MAX) {
-            // The kernel offers what the bdi is set to; that is raised once the mount is there.
-            if config.set_max_readahead(most).is_err() {
-                tracing::debug!(most, "the kernel's read-ahead stays as it is");
-            }
-        }
-        if let Err(most) = config.set_max_background(BACKGROUND_REQUESTS_MAX) {
-            tracing::debug!(most, "fewer requests in the background than asked for");
-        }
+        negotiate(config, self.cache);
         Ok(())
     }
 

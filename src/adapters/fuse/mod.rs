@@ -4,6 +4,8 @@ mod convert;
 mod filesystem;
 mod invalidate;
 mod mount;
+mod negotiate;
+mod reply;
 mod session;
 
 pub use mount::{FILESYSTEM_TYPE, MountFlags, unmount};
