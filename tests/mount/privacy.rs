@@ -94,11 +94,18 @@ fn no_name_and_no_content_lies_on_storage() {
         "the search finds what is there"
     );
 
+    fs::rename(&file, world.at("renamed")).unwrap();
+    fs::rename(world.at("renamed"), &file).unwrap();
     let dirs = [world.volume(), world.keystore()];
     fs::File::open(&file).unwrap().sync_all().unwrap();
     assert_eq!(found(&dirs, &needles), 0, "while mounted");
     world.unmount();
     assert_eq!(found(&dirs, &needles), 0, "at rest");
+    let log = world.log().into_bytes();
+    assert!(
+        !log.is_empty() && !needles.iter().any(|needle| contains(&log, needle)),
+        "in the log"
+    );
 }
 
 #[test]

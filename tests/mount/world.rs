@@ -181,6 +181,7 @@ impl World {
             .arg("--socket")
             .arg(self.socket())
             .args(["mount", "--foreground"])
+            .env("CMKFS_LOG", "trace")
             .args(options)
             .args([self.volume(), self.mnt()])
             .stderr(File::create(self.path("mount.log")).unwrap())

@@ -10,12 +10,19 @@ use tracing_subscriber::EnvFilter;
 /// Sets the level, as in `debug` or `cmkfs=debug,warn`.
 const LEVEL_VARIABLE: &str = "CMKFS_LOG";
 const LEVEL_DEFAULT: &str = "info";
+/// What is never logged, whatever the level.
+const SILENT: &str = "fuser=off";
 /// What syslog shows before each line.
 const IDENTITY: &std::ffi::CStr = c"cmkfs";
 
 /// Starts logging for a mount.
 pub(super) fn start(foreground: bool, file: Option<&Path>) -> Result<(), Failure> {
     let filter = EnvFilter::try_from_env(LEVEL_VARIABLE).unwrap_or_else(|_| EnvFilter::new(LEVEL_DEFAULT));
+    // It logs requests with the names in them.
+    let silent = SILENT
+        .parse()
+        .map_err(|error| format!("no log filter: {error}"))?;
+    let filter = filter.add_directive(silent);
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
