@@ -101,10 +101,14 @@ impl Core {
     }
 
     fn access(&self, purpose: Purpose) -> Result<Access<'_>> {
-        Ok(Access {
+        Ok(self.with_keys(self.keyring.admit(purpose)?))
+    }
+
+    pub(crate) fn with_keys<'c>(&'c self, admission: Admission<'c>) -> Access<'c> {
+        Access {
             core: self,
-            admission: self.keyring.admit(purpose)?,
-        })
+            admission,
+        }
     }
 
     fn refuse_read_only(&self) -> Result<()> {

@@ -54,7 +54,8 @@ struct Gate {
 /// The key of an operation that passed the gate; the state cannot change while one is held.
 pub(crate) struct Admission<'k> {
     keys: Arc<DomainKeys>,
-    _gate: RwLockReadGuard<'k, Gate>,
+    /// None for the one operation that runs while the gate is shut.
+    _gate: Option<RwLockReadGuard<'k, Gate>>,
 }
 
 impl Admission<'_> {
@@ -112,7 +113,7 @@ impl Keyring {
             (KeyState::Live, _, Some(keys)) | (KeyState::Draining, Purpose::Drain, Some(keys)) => {
                 Ok(Admission {
                     keys: Arc::clone(keys),
-                    _gate: gate,
+                    _gate: Some(gate),
                 })
             }
             (state, ..) => Err(refusal(state)),
@@ -138,11 +139,13 @@ impl Keyring {
         self.gate.write().state = KeyState::Draining;
     }
 
-    /// -> dark. Returns once every operation has ended and every key is wiped.
-    pub(crate) fn go_dark(&self, state: KeyState) {
+    /// -> dark: waits until every operation has ended, lets `last` use the keys alone, and wipes them.
+    pub(crate) fn go_dark(&self, state: KeyState, last: impl FnOnce(Admission<'_>)) {
         let mut gate = self.gate.write();
+        if let Some(keys) = gate.keys.take() {
+            last(Admission { keys, _gate: None });
+        }
         gate.state = state;
-        gate.keys = None;
         for shard in &self.files {
             shard.lock().clear();
         }

@@ -2,7 +2,7 @@
 //! the state of the CMK; fetching keys ahead of their use. Each has a thread of its own, since each may wait.
 
 use super::bell::Wake;
-use super::core::{Core, Fetch};
+use super::core::{Access, Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
 use super::seal;
@@ -89,6 +89,22 @@ fn log_failure(what: &str, error: &Error) {
     }
 }
 
+impl Access<'_> {
+    /// Publishes what came in until the last operation ended, and makes it durable: what waits for that is forgotten.
+    fn publish_rest(&self) -> Result<()> {
+        let mut outcome = Ok(());
+        for node in self
+            .active
+            .inodes()
+            .into_iter()
+            .filter_map(|ino| self.active.get(ino))
+        {
+            outcome = outcome.and(self.publish(&node));
+        }
+        outcome.and(self.committer.sync_to(self.committer.committed()))
+    }
+}
+
 impl Core {
     fn tick(&self, publish: bool) -> Result<()> {
         while self.drain()?.reclaim_next()? {}
@@ -116,7 +132,7 @@ impl Core {
     /// Does something with each active file. One that fails does not keep the others from it.
     pub(crate) fn for_active(
         &self,
-        work: impl Fn(&super::core::Access<'_>, &Arc<super::node::Node>) -> Result<()>,
+        work: impl Fn(&Access<'_>, &Arc<super::node::Node>) -> Result<()>,
     ) -> Result<()> {
         let mut outcome = Ok(());
         for ino in self.active.inodes() {
@@ -177,9 +193,15 @@ impl Core {
         if !self.options.read_only
             && let Err(error) = self.publish_all()
         {
-            tracing::error!(%error, "content written before the revocation is lost");
+            tracing::debug!(%error, "content is to be stored once more before the keys go");
         }
-        self.keyring.go_dark(state);
+        self.keyring.go_dark(state, |admission| {
+            if !self.options.read_only
+                && let Err(error) = self.with_keys(admission).publish_rest()
+            {
+                tracing::error!(%error, "content written before the revocation is lost");
+            }
+        });
         // No operation is under way, and none begins: nothing refers to these any more.
         self.active.clear();
         self.nodes.clear();

@@ -159,3 +159,34 @@ fn files_read_one_after_the_other_share_calls() {
     let calls = fixture.kms.calls() - before;
     assert!(calls <= 50, "{calls} calls");
 }
+
+#[test]
+fn whatever_was_taken_in_before_the_dark_is_there_after_it() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let file = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    let block = |number: u64| noise(number, 4096);
+    let mut taken = 0;
+    for _ in 0..30 {
+        let first = taken;
+        taken = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut next = first;
+                while volume.write_back(file, next * 4096, &block(next)).is_ok() {
+                    next += 1;
+                }
+                next
+            });
+            fixture.kms.set(Answer::Disabled);
+            state_becomes(&volume, KeyState::Revoked);
+            writer.join().unwrap()
+        });
+        fixture.kms.set(Answer::Enabled);
+        state_becomes(&volume, KeyState::Live);
+        assert_eq!(volume.getattr(file).unwrap().size, taken * 4096);
+    }
+    let bytes = content(&volume, file).unwrap();
+    for (number, got) in bytes.chunks(4096).enumerate() {
+        assert!(got == block(number as u64), "block {number}");
+    }
+}
