@@ -57,6 +57,15 @@ impl Core {
         }
     }
 
+    /// Reclaims every orphan that waits, each under access of its own. One that fails keeps no other from it.
+    pub(crate) fn reclaim_all(&self) -> Result<()> {
+        let mut outcome = Ok(());
+        while let Some(done) = self.drain()?.reclaim_next() {
+            outcome = outcome.and(done);
+        }
+        outcome
+    }
+
     /// The kernel is gone, and every reference of its with it.
     pub(crate) fn forget_all(&self) {
         self.nodes.forget_all();
@@ -81,17 +90,17 @@ impl Access<'_> {
         self.put_row(batch, rowkey::orphan(ino), &[])
     }
 
-    /// Reclaims the next orphan that waits. False if there was none.
-    pub(crate) fn reclaim_next(&self) -> Result<bool> {
-        let Some(ino) = self.orphans.waiting.lock().pop_first() else {
-            return Ok(false);
-        };
-        match self.reclaim(ino) {
+    /// Reclaims the next orphan that waits; `None` if there is none. One that fails waits for the next mount.
+    fn reclaim_next(&self) -> Option<Result<()>> {
+        let ino = self.orphans.waiting.lock().pop_first()?;
+        Some(match self.reclaim(ino) {
             // Only the slot file is left, and the row that says so.
-            Err(Error::Posix(libc::ESTALE)) => self.orphans.slot_files.lock().push((Seq::default(), ino)),
-            other => other?,
-        }
-        Ok(true)
+            Err(Error::Posix(libc::ESTALE)) => {
+                self.orphans.slot_files.lock().push((Seq::default(), ino));
+                Ok(())
+            }
+            other => other,
+        })
     }
 
     fn reclaim(&self, ino: Ino) -> Result<()> {

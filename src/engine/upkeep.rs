@@ -107,17 +107,17 @@ impl Access<'_> {
 
 impl Core {
     fn tick(&self, publish: bool) -> Result<()> {
-        while self.drain()?.reclaim_next()? {}
+        let mut outcome = self.reclaim_all();
         if publish {
-            self.publish_all()?;
-            self.drain()?.remove_slot_files()?;
+            outcome = outcome.and(self.publish_all());
+            outcome = outcome.and(self.drain()?.remove_slot_files());
         }
-        self.for_active(|access, node| {
+        outcome.and(self.for_active(|access, node| {
             if !access.settle(node)? {
                 access.drain_if_due(node)?;
             }
             Ok(())
-        })
+        }))
     }
 
     /// Publishes every file, makes the log durable, and notes how far it reached.

@@ -450,11 +450,11 @@ impl Core {
             access.drain_file(node)
         });
         outcome = outcome.and(drained);
-        while self.drain()?.reclaim_next()? {}
+        outcome = outcome.and(self.reclaim_all());
         // Twice: what becomes durable in the first round lets slot files and runs go, which the second records.
         for _ in 0..2 {
             outcome = outcome.and(self.publish_all());
-            self.drain()?.remove_slot_files()?;
+            outcome = outcome.and(self.drain()?.remove_slot_files());
             outcome = outcome.and(self.for_active(|access, node| access.settle(node).map(|_| ())));
         }
         self.store.flush()?;
