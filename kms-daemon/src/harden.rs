@@ -3,7 +3,7 @@
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 
 /// Forbids core dumps and debuggers, locks memory as far as the host permits, and gives new files to the owner alone.
-/// Call it before any thread or secret exists.
+/// Call it before any secret exists.
 ///
 /// # Errors
 /// What the kernel refused; a daemon whose memory can be dumped must not go on.

@@ -51,7 +51,7 @@ impl Home {
     /// [`HomeError`]; nothing was changed unless it was made.
     pub fn create(path: &Path) -> Result<Self, HomeError> {
         match DirBuilder::new().mode(0o700).create(path) {
-            Ok(()) => {}
+            Ok(()) => sync_parent(path)?,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let mut entries = path.read_dir().map_err(HomeError::io(path))?;
                 if entries.next().is_some() {

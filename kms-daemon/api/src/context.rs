@@ -78,13 +78,6 @@ impl EncryptionContext {
     pub fn entries(&self) -> &BTreeMap<String, String> {
         &self.0
     }
-
-    /// The entries, as the wire has them.
-    #[must_use]
-    pub fn into_entries(self) -> BTreeMap<String, String> {
-        self.0
-    }
-
     fn of<const N: usize>(entries: [(&str, String); N]) -> Self {
         Self(
             entries

@@ -1,6 +1,7 @@
 //! The log as the daemon writes it: one thread gathers what is queued, writes it, syncs it, then wakes the callers.
 
 use super::frame::{self, Digest, HEADER_LEN, Problem};
+use super::record::SUCCESS;
 use crate::home::{HomeError, sync_parent};
 use crate::rows::CheckpointRow;
 use parking_lot::{Condvar, Mutex};
@@ -69,12 +70,20 @@ struct State {
 }
 
 struct Entry {
-    body: Vec<u8>,
+    /// `None` asks only whether a record could be written.
+    body: Option<Vec<u8>>,
     done: mpsc::SyncSender<Result<(), String>>,
 }
 
-/// The request ids in the part of the log that a start reads.
-pub type Seen = HashSet<Vec<u8>>;
+/// What a start learns from the part of the log that the checkpoint does not cover.
+#[derive(Debug, Default)]
+pub struct Tail {
+    /// The ids of the requests that succeeded. A call whose change was stored but not acknowledged is in the log as a
+    /// failure, under the same id as its pending record.
+    pub succeeded: HashSet<Vec<u8>>,
+    /// The highest revision of the manifest that any record names.
+    pub revision: u64,
+}
 
 impl Audit {
     /// Writes an empty log, durable when this returns, and gives the checkpoint of it.
@@ -99,14 +108,14 @@ impl Audit {
         path: &Path,
         keystore_id: Uuid,
         checkpoint: &CheckpointRow,
-    ) -> Result<(Self, Seen), AuditError> {
+    ) -> Result<(Self, Tail), AuditError> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_NOFOLLOW)
             .open(path)
             .map_err(HomeError::io(path))?;
-        let (durable, seen) = check_tail(&file, path, keystore_id, checkpoint)?;
+        let (durable, tail) = check_tail(&file, path, keystore_id, checkpoint)?;
         let length = file.metadata().map_err(HomeError::io(path))?.len();
         if length > durable.offset {
             tracing::warn!(
@@ -114,11 +123,12 @@ impl Audit {
                 bytes = length - durable.offset,
                 "cut off an incomplete last audit frame, whose call was never answered"
             );
-            file.set_len(durable.offset)
-                .and_then(|()| file.sync_all())
-                .map_err(HomeError::io(path))?;
-            sync_parent(path)?;
+            file.set_len(durable.offset).map_err(HomeError::io(path))?;
         }
+        // What a killed daemon wrote may lie in the page cache alone. From here on it counts as durable: pending records
+        // go because it is there, and checkpoints cover it.
+        file.sync_all().map_err(HomeError::io(path))?;
+        sync_parent(path)?;
         let queue = Arc::new(Queue {
             state: Mutex::new(State {
                 waiting: Vec::new(),
@@ -142,7 +152,7 @@ impl Audit {
             queue,
             writer: Some(thread),
         };
-        Ok((audit, seen))
+        Ok((audit, tail))
     }
 
     /// Appends an encoded record, and returns when it is on the disk.
@@ -150,6 +160,18 @@ impl Audit {
     /// # Errors
     /// [`AuditError::NotDurable`]: the record is not in the log.
     pub fn append(&self, body: Vec<u8>) -> Result<(), AuditError> {
+        self.submit(Some(body))
+    }
+
+    /// Whether a record could be written now.
+    ///
+    /// # Errors
+    /// [`AuditError::NotDurable`] with the reason why not.
+    pub fn probe(&self) -> Result<(), AuditError> {
+        self.submit(None)
+    }
+
+    fn submit(&self, body: Option<Vec<u8>>) -> Result<(), AuditError> {
         let (done, durable) = mpsc::sync_channel(1);
         {
             let mut state = self.queue.state.lock();
@@ -192,8 +214,21 @@ struct Writer {
     broken: Option<String>,
 }
 
+/// However the writer ends, nobody waits for it afterwards.
+struct HangUp<'q>(&'q Queue);
+
+impl Drop for HangUp<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.stopping = true;
+        // Their senders go with them, and so their callers are told.
+        state.waiting.clear();
+    }
+}
+
 impl Writer {
     fn run(mut self, queue: &Queue) {
+        let _hang_up = HangUp(queue);
         loop {
             let mut entries = {
                 let mut state = queue.state.lock();
@@ -227,8 +262,9 @@ impl Writer {
         let mut next = self.durable.clone();
         let mut bytes = Vec::new();
         entries.retain(|entry| {
+            let Some(body) = &entry.body else { return true };
             let previous = digest_of(&next);
-            match frame::push(&mut bytes, &previous, &entry.body) {
+            match frame::push(&mut bytes, &previous, body) {
                 Ok(digest) => {
                     next.head = digest.to_vec();
                     next.records += 1;
@@ -241,6 +277,9 @@ impl Writer {
                 }
             }
         });
+        if bytes.is_empty() {
+            return Ok(());
+        }
         next.offset = self.durable.offset + bytes.len() as u64;
         if let Err(error) = self.file.write_all_at(&bytes, self.durable.offset) {
             // Nothing of it may stay: the callers are told that their calls were not recorded.
@@ -282,7 +321,7 @@ fn check_tail(
     path: &Path,
     keystore_id: Uuid,
     checkpoint: &CheckpointRow,
-) -> Result<(CheckpointRow, Seen), AuditError> {
+) -> Result<(CheckpointRow, Tail), AuditError> {
     let io = |error| AuditError::Home(HomeError::io(path)(error));
     let cut = || AuditError::Cut {
         path: path.to_owned(),
@@ -309,12 +348,12 @@ fn check_tail(
         }
     }
     let mut durable = checkpoint.clone();
-    let mut seen = Seen::new();
+    let mut tail = Tail::default();
     reader.seek(SeekFrom::Start(checkpoint.offset)).map_err(io)?;
     loop {
         let frame = match frame::read(&mut reader, &digest_of(&durable)).map_err(io)? {
             Ok(Some(frame)) => frame,
-            Ok(None) | Err(Problem::Incomplete) => return Ok((durable, seen)),
+            Ok(None) | Err(Problem::Incomplete) => return Ok((durable, tail)),
             Err(problem) => {
                 return Err(AuditError::Bad {
                     path: path.to_owned(),
@@ -327,6 +366,9 @@ fn check_tail(
         durable.offset += frame.length;
         durable.records += 1;
         durable.head = frame.digest.to_vec();
-        seen.insert(frame.record.request_id);
+        tail.revision = tail.revision.max(frame.record.revision);
+        if frame.record.code == SUCCESS {
+            tail.succeeded.insert(frame.record.request_id);
+        }
     }
 }

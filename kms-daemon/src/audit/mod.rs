@@ -6,6 +6,6 @@ mod record;
 mod verify;
 
 pub use frame::{Digest, Problem};
-pub use log::{Audit, AuditError, Seen};
-pub use record::{Item, Record};
+pub use log::{Audit, AuditError, Tail};
+pub use record::{Item, Record, SUCCESS};
 pub use verify::{Report, VerifyError, verify};

@@ -3,6 +3,9 @@
 use prost::Message;
 use std::collections::BTreeMap;
 
+/// The code of a call that succeeded.
+pub const SUCCESS: &str = "Success";
+
 /// One call, admitted or refused.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Record {
@@ -36,6 +39,10 @@ pub struct Record {
     /// How many calls this record stands for: above 1 only for refusals of strangers.
     #[prost(uint32, tag = "10")]
     pub count: u32,
+    /// The manifest's revision after the change that the call made; 0 if it made none. A database whose manifest is behind
+    /// its log was put back, or lost what was durable.
+    #[prost(uint64, tag = "11")]
+    pub revision: u64,
 }
 
 /// One key of a call, or one item of a batch.

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use kms_daemon::{Engine, Placement, ServeOptions, SystemClock, harden, serve};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -53,13 +53,17 @@ fn octal_mode(text: &str) -> Result<u32, String> {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // Lines are written by a thread of their own, and lost when it falls far behind or cannot write them: neither a reader
+    // that stands still nor a full disk holds up a call, or ends the thread that logs.
+    let (writer, _flush) = tracing_appender::non_blocking(std::io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal())
+        .log_internal_errors(false)
         .init();
     if let Err(error) = harden() {
-        eprintln!("kmsd: the process cannot be protected: {error}");
+        complain(&format!("the process cannot be protected: {error}"));
         return ExitCode::FAILURE;
     }
     let outcome: Result<(), Box<dyn std::error::Error>> = match arguments.command {
@@ -85,8 +89,13 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kmsd: {error}");
+            complain(&error.to_string());
             ExitCode::FAILURE
         }
     }
+}
+
+/// One line on the standard error output, if that is still there.
+fn complain(message: &str) {
+    let _heard = writeln!(std::io::stderr(), "kmsd: {message}");
 }

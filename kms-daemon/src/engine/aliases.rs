@@ -90,7 +90,7 @@ impl Engine {
         change
             .delete(Table::Aliases, &self.store.hidden_name(alias))
             .map_err(failed)?;
-        self.commit(call, trail, change, Effect::Other, || {})?;
+        self.commit(call, trail, change, Effect::Other, |_| {})?;
         aliases.remove(alias);
         Ok(())
     }
@@ -132,7 +132,7 @@ impl Engine {
                 &row.encode_to_vec(),
             )
             .map_err(failed)?;
-        self.commit(call, trail, change, Effect::Other, || {})
+        self.commit(call, trail, change, Effect::Other, |_| {})
     }
 }
 

@@ -1,6 +1,6 @@
 //! Who calls what, and what the call leaves behind.
 
-use crate::audit::{Item, Record};
+use crate::audit::{Item, Record, SUCCESS};
 use crate::rows::KeyRow;
 use kms_api::{Code, EncryptionContext, KmsError};
 use parking_lot::{ArcRwLockReadGuard, RawRwLock};
@@ -53,9 +53,10 @@ impl Call {
             pid: self.principal.pid,
             exe: self.principal.exe.clone(),
             operation: self.operation.to_owned(),
-            code: code.map_or("Success", Code::as_str).to_owned(),
+            code: code.map_or(SUCCESS, Code::as_str).to_owned(),
             items: trail.items.clone(),
             count: 1,
+            revision: 0,
         }
     }
 }

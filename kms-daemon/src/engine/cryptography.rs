@@ -23,7 +23,7 @@ pub(crate) enum Action<'a> {
     /// Encrypts the bytes under the key of this name.
     Encrypt(&'a str, &'a [u8]),
     /// Makes a data key under the key of this name: of a KeySpec, or of so many bytes.
-    Generate(&'a str, &'a str, u32),
+    Generate(&'a str, &'a str, Option<u32>),
     /// Decrypts the blob.
     Decrypt(&'a [u8]),
 }
@@ -226,13 +226,13 @@ impl Engine {
 }
 
 /// How many bytes a data key is to have.
-fn data_key_bytes(key_spec: &str, number_of_bytes: u32) -> Result<usize, KmsError> {
+fn data_key_bytes(key_spec: &str, number_of_bytes: Option<u32>) -> Result<usize, KmsError> {
     match (key_spec, number_of_bytes) {
-        ("" | "AES_256", 0) => Ok(32),
-        ("AES_128", 0) => Ok(16),
-        (_, 0) => Err(KmsError::invalid("KeySpec", "must be AES_256 or AES_128")),
-        ("", bytes @ 1..=DATA_KEY_BYTES_MAX) => Ok(usize::try_from(bytes).unwrap_or_default()),
-        ("", _) => Err(KmsError::invalid("NumberOfBytes", "must be 1 to 1024")),
+        ("" | "AES_256", None) => Ok(32),
+        ("AES_128", None) => Ok(16),
+        (_, None) => Err(KmsError::invalid("KeySpec", "must be AES_256 or AES_128")),
+        ("", Some(bytes @ 1..=DATA_KEY_BYTES_MAX)) => Ok(usize::try_from(bytes).unwrap_or_default()),
+        ("", Some(_)) => Err(KmsError::invalid("NumberOfBytes", "must be 1 to 1024")),
         _ => Err(KmsError::invalid(
             "NumberOfBytes",
             "cannot be given together with KeySpec",

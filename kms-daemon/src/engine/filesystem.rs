@@ -92,7 +92,7 @@ impl Engine {
         let requests: Vec<_> = contexts
             .iter()
             .map(|context| Request {
-                action: Action::Generate(key, "AES_256", 0),
+                action: Action::Generate(key, "AES_256", None),
                 context,
             })
             .collect();

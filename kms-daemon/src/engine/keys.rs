@@ -86,7 +86,7 @@ impl Engine {
         })()
         .map_err(failed)?;
         trail.note(self.arn(key_id));
-        self.commit(call, trail, change, Effect::Other, || {
+        self.commit(call, trail, change, Effect::Other, |_| {
             let lock = Arc::new(RwLock::new(row.clone()));
             self.keys.write().insert(key_id, lock);
         })?;
@@ -161,16 +161,15 @@ impl Engine {
         if !PENDING_WINDOW_DAYS.contains(&window_days) {
             return Err(KmsError::invalid("PendingWindowInDays", "must be 7 to 30"));
         }
-        let delete_ms = self.clock.now_ms() + i64::from(window_days) * DAY_MS;
-        self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
+        let row = self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
             KeyState::PendingDeletion => Err(refusal(KeyState::PendingDeletion)),
             _ => {
                 row.set_state(KeyState::PendingDeletion);
-                row.delete_ms = Some(delete_ms);
+                row.delete_ms = Some(self.clock.now_ms() + i64::from(window_days) * DAY_MS);
                 Ok(true)
             }
         })?;
-        Ok(delete_ms)
+        row.delete_ms.ok_or_else(internal)
     }
 
     /// PendingDeletion -> Enabled, as the cloud API has it.
@@ -189,7 +188,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Holds the key's write lock over `step`, which says whether it changed the row, and over the commit.
+    /// Holds the key's write lock over `step`, which says whether it changed the row, and over the commit. The row as it
+    /// is then.
     fn transition(
         &self,
         call: &Call,
@@ -197,14 +197,17 @@ impl Engine {
         key: &str,
         effect: Effect,
         step: impl FnOnce(&mut KeyRow) -> Result<bool, KmsError>,
-    ) -> Result<(), KmsError> {
+    ) -> Result<KeyRow, KmsError> {
         let id = self.resolve(key)?;
         trail.note(self.arn(id));
         let lock = self.lock_of(id)?;
         let mut row = lock.write();
         let mut next = row.clone();
         if !step(&mut next)? {
-            return Ok(());
+            if effect == Effect::Restrictive {
+                self.commit(call, trail, self.store.begin(), Effect::Repeated, |_| {})?;
+            }
+            return Ok(next);
         }
         next.revision += 1;
         let mut change = self.store.begin();
@@ -212,19 +215,19 @@ impl Engine {
             .put(Table::Keys, id.as_bytes(), &next.encode_to_vec())
             .map_err(failed)?;
         let state = next.state();
-        self.commit(call, trail, change, effect, || {
+        self.commit(call, trail, change, effect, |revocation_epoch| {
             *row = next;
             if state != KeyState::Enabled {
                 self.drop_materials(id);
             }
+            // Nobody may be watching.
+            let _ = self.events.send(KeyEvent {
+                key_id: id,
+                state,
+                revocation_epoch,
+            });
         })?;
-        // Nobody may be watching.
-        let _ = self.events.send(KeyEvent {
-            key_id: id,
-            state,
-            revocation_epoch: self.revocation_epoch(),
-        });
-        Ok(())
+        Ok(row.clone())
     }
 
     /// The key that `key` names: its id, its ARN, or an alias of it.

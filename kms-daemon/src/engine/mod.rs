@@ -68,7 +68,11 @@ pub struct KeyEvent {
 /// Whether a change takes something away from somebody.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Effect {
+    /// It does.
     Restrictive,
+    /// What it takes away was taken before.
+    Repeated,
+    /// It does not.
     Other,
 }
 
@@ -156,20 +160,19 @@ impl Engine {
     /// Appends a record to the log, durably.
     fn record(&self, record: &Record) -> Result<(), KmsError> {
         self.audit.append(record.encode_to_vec()).map_err(unrecorded)?;
-        let durable = self.audit.durable();
-        if durable.records >= self.checkpoint.load(Ordering::Relaxed) + CHECKPOINT_RECORDS {
-            self.checkpoint_lazily(&durable);
+        if self.audit.durable().records >= self.checkpoint.load(Ordering::Relaxed) + CHECKPOINT_RECORDS {
+            self.checkpoint_lazily();
         }
         Ok(())
     }
 
     /// A checkpoint between changes only: a change's record is in the log before its pending row goes, and a checkpoint
     /// between the two would hide it from the start that has to tell whether it was logged.
-    fn checkpoint_lazily(&self, durable: &CheckpointRow) {
+    fn checkpoint_lazily(&self) {
         let Some(_manifest) = self.manifest.try_lock() else {
             return;
         };
-        if let Err(error) = self.write_checkpoint(durable, false) {
+        if let Err(error) = self.write_checkpoint(&self.audit.durable(), false) {
             tracing::warn!(%error, "the audit checkpoint was not written");
         }
     }
@@ -183,18 +186,29 @@ impl Engine {
     }
 
     /// Commits a change together with the manifest, the checkpoint and the call's own record, in one synced batch; then
-    /// appends the record to the log. The caller holds the lock of what it changes. `apply` puts the change into memory.
+    /// appends the record to the log. The caller holds the lock of what it changes. `apply` puts the change into memory and
+    /// is told the revocation epoch; changes are applied in the order of their epochs.
+    ///
+    /// What takes something away needs no log: its record waits in the batch until there is one again. Everything else is
+    /// refused without.
     fn commit(
         &self,
         call: &Call,
         trail: &mut Trail,
         mut change: Change<'_>,
         effect: Effect,
-        apply: impl FnOnce(),
+        apply: impl FnOnce(u64),
     ) -> Result<(), KmsError> {
-        let record = call.record(self.clock.now_ms(), trail, None).encode_to_vec();
+        if effect == Effect::Other {
+            self.audit.probe().map_err(unrecorded)?;
+        }
         let mut manifest = self.manifest.lock();
         let next = next_manifest(&manifest, change.delta(), effect);
+        let record = Record {
+            revision: next.revision,
+            ..call.record(self.clock.now_ms(), trail, None)
+        };
+        let record = record.encode_to_vec();
         let durable = self.audit.durable();
         let pending = call.request_id.as_bytes();
         (|| {
@@ -208,8 +222,9 @@ impl Engine {
         self.state_seq.store(next.state_seq, Ordering::Release);
         self.revocation_epoch
             .store(next.revocation_epoch, Ordering::Release);
+        let revocation_epoch = next.revocation_epoch;
         *manifest = next;
-        apply();
+        apply(revocation_epoch);
         // From here on the change has happened and its record is durable, in the batch: what fails now is repeated by
         // the next start, and is no reason to tell the caller that nothing happened.
         trail.recorded = true;

@@ -1,7 +1,7 @@
 //! How a keystore is made and opened.
 
 use super::{CHECKPOINT_KEY, EVENT_BACKLOG, Engine, MANIFEST_KEY, Node, fresh_uuid};
-use crate::audit::{Audit, AuditError, Record};
+use crate::audit::{Audit, AuditError, Record, Tail};
 use crate::clock::Clock;
 use crate::home::{Home, HomeError};
 use crate::metrics::Metrics;
@@ -41,6 +41,15 @@ pub enum OpenError {
     /// The audit log.
     #[error(transparent)]
     Audit(#[from] AuditError),
+    /// The database knows less than the log.
+    #[error(
+        "the key store lacks {missing} changes that its audit log records: it was put back as it once was, or lost what \
+         was durable. Put the true db/ back"
+    )]
+    RolledBack {
+        /// How many writes of the manifest.
+        missing: u64,
+    },
     /// A primitive.
     #[error(transparent)]
     Crypto(#[from] CryptoError),
@@ -145,8 +154,13 @@ impl Engine {
             change.commit(true)?;
         }
         let checkpoint: CheckpointRow = decode(&store, CHECKPOINT_KEY)?;
-        let (audit, seen) = Audit::open(&home.audit_log(), store.keystore_id(), &checkpoint)?;
-        replay(&store, &audit, &seen)?;
+        let (audit, tail) = Audit::open(&home.audit_log(), store.keystore_id(), &checkpoint)?;
+        if tail.revision > manifest.revision {
+            return Err(OpenError::RolledBack {
+                missing: tail.revision - manifest.revision,
+            });
+        }
+        replay(&store, &audit, &tail)?;
 
         let (keys, aliases) = (load_keys(&store)?, load_aliases(&store)?);
         tracing::info!(
@@ -214,7 +228,7 @@ fn decode<M: Message + Default>(store: &Store, key: &[u8]) -> Result<M, StoreErr
 }
 
 /// Logs, in the order of their times, the pending records that the log lacks.
-fn replay(store: &Store, audit: &Audit, seen: &crate::audit::Seen) -> Result<(), OpenError> {
+fn replay(store: &Store, audit: &Audit, tail: &Tail) -> Result<(), OpenError> {
     let mut pending = Vec::new();
     for (key, plain) in store.scan(Table::PendingAudit)? {
         let record = Record::decode(plain.as_slice()).map_err(|_| StoreError::Damaged("pending_audit"))?;
@@ -222,7 +236,7 @@ fn replay(store: &Store, audit: &Audit, seen: &crate::audit::Seen) -> Result<(),
     }
     pending.sort_by_key(|(time_ms, ..)| *time_ms);
     for (_, key, plain) in pending {
-        if !seen.contains(&key) {
+        if !tail.succeeded.contains(&key) {
             audit.append(plain.to_vec())?;
         }
         let mut change = store.begin();

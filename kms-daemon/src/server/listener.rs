@@ -40,8 +40,10 @@ pub(super) fn bind(path: &Path, mode: u32) -> Result<UnixListener, ServeError> {
             return Err(failed(io::Error::other("is there already, and is no socket")));
         }
         Ok(_) => {
-            if std::os::unix::net::UnixStream::connect(path).is_ok() {
-                return Err(failed(io::Error::other("another daemon listens there")));
+            match std::os::unix::net::UnixStream::connect(path) {
+                Ok(_) => return Err(failed(io::Error::other("another daemon listens there"))),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(error) => return Err(failed(error)),
             }
             std::fs::remove_file(path).map_err(failed)?;
         }

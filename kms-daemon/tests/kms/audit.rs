@@ -144,23 +144,34 @@ fn a_start_notices_a_log_that_was_cut_changed_or_taken_away() {
 #[test]
 fn without_a_log_nothing_is_answered_but_revocation() {
     let mut kms = Kms::start();
-    let key = kms.create_key();
+    let (key, disabled) = (kms.create_key(), kms.create_key());
+    kms.ctl(&["disable-key", "--key-id", &disabled]).unwrap();
     let aside = kms.home().join("aside");
     std::fs::rename(kms.log(), &aside).unwrap();
     for refused in [
         vec!["describe-key", "--key-id", &key],
         vec!["encrypt", "--key-id", &key, "--plaintext", "AAAA"],
         vec!["list-keys"],
+        vec!["create-key"],
+        vec!["enable-key", "--key-id", &disabled],
+        vec!["create-alias", "--alias-name", "alias/new", "--key-id", &key],
     ] {
         assert_eq!(kms.code(&refused), "ServiceUnavailable", "{refused:?}");
     }
     kms.ctl(&["disable-key", "--key-id", &key]).unwrap();
+    // To make sure that it is disabled needs no log either.
+    kms.ctl(&["disable-key", "--key-id", &key]).unwrap();
     std::fs::rename(&aside, kms.log()).unwrap();
     let before = kms.verify().unwrap()["Records"].as_u64().unwrap();
     assert_eq!(kms.state(&key), "Disabled");
+    assert_eq!(kms.state(&disabled), "Disabled");
+    assert_eq!(
+        kms.code(&["describe-key", "--key-id", "alias/new"]),
+        "Forbidden.KeyNotFound"
+    );
     kms.restart();
-    // The record of DisableKey waited in the key store.
-    assert_eq!(kms.verify().unwrap()["Records"].as_u64().unwrap(), before + 2);
+    // The records of both DisableKeys waited in the key store.
+    assert_eq!(kms.verify().unwrap()["Records"].as_u64().unwrap(), before + 3 + 2);
     let log = std::fs::read(kms.log()).unwrap();
     assert!(log.windows(10).any(|window| window == b"DisableKey"));
 }

@@ -227,7 +227,12 @@ fn a_session_of_another_process_is_refused() {
         ROLE,
         format!("{} {}", kms.socket().display(), hex::encode(&opened.session_id)),
     );
-    assert!(thief.output().unwrap().status.success());
+    let said = thief.output().unwrap();
+    assert!(said.status.success(), "{said:?}");
+    assert!(
+        String::from_utf8_lossy(&said.stdout).contains("1 passed"),
+        "{said:?}"
+    );
     let session_id = opened.session_id;
     runtime
         .block_on(client.renew_session(proto::RenewSessionRequest { session_id }))

@@ -185,12 +185,12 @@ impl Item<'_> {
     }
 
     /// A number, 0 if it is left out.
-    pub(crate) fn number(&self, field: &str) -> Result<u32, String> {
+    pub(crate) fn number(&self, field: &str) -> Result<Option<u32>, String> {
         let Some(value) = self.fields.get(field) else {
-            return Ok(0);
+            return Ok(None);
         };
         let number = value.as_u64().and_then(|number| number.try_into().ok());
-        number.ok_or_else(|| self.wrong(field, "a number"))
+        number.map(Some).ok_or_else(|| self.wrong(field, "a number"))
     }
 
     pub(crate) fn context(&self) -> Result<BTreeMap<String, String>, String> {

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(message) => {
-            eprintln!("{message}");
+            let _ = writeln!(std::io::stderr().lock(), "{message}");
             ExitCode::FAILURE
         }
     }

@@ -250,7 +250,7 @@ fn generate_request(asked: DataKey) -> proto::GenerateDataKeyRequest {
     proto::GenerateDataKeyRequest {
         key_id: asked.key.key_id,
         key_spec: asked.key_spec.unwrap_or_default(),
-        number_of_bytes: asked.number_of_bytes.unwrap_or_default(),
+        number_of_bytes: asked.number_of_bytes,
         encryption_context: asked.context.encryption_context.0,
     }
 }
