@@ -68,12 +68,12 @@ held "it builds and runs"
 
 step "fio with checksums, verified after a remount"
 for job in verify-sequential verify-sequential-direct verify-random verify-random-direct; do
-    DIR="$MNT" fio --output="$SCRATCH/fio.log" --do_verify=0 "scripts/fio/$job.fio" || die "fio failed: $job"
+    DIR="$MNT" fio --aux-path="$SCRATCH" --output="$SCRATCH/fio.log" --do_verify=0 "scripts/fio/$job.fio" || die "fio failed: $job"
 done
 volume_umount
 volume_mount
 for job in verify-sequential verify-sequential-direct verify-random verify-random-direct; do
-    DIR="$MNT" fio --output="$SCRATCH/fio.log" --verify_only "scripts/fio/$job.fio" || die "fio found damage: $job"
+    DIR="$MNT" fio --aux-path="$SCRATCH" --output="$SCRATCH/fio.log" --verify_only "scripts/fio/$job.fio" || die "fio found damage: $job"
     held "$job"
 done
 

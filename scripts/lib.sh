@@ -42,6 +42,7 @@ build() {
 # Makes the scratch directory and has it, and all that runs in it, removed at exit. $1: the directory to make it in.
 scratch_begin() {
     SCRATCH="$(mktemp -d "${1:-${TMPDIR:-/tmp}}/cmkfs-$SCRIPT.XXXXXX")"
+    SCRATCH="$(readlink -f "$SCRATCH")"
     export KMS_SOCKET="$SCRATCH/kmsd.sock"
     HOME_KMS="$SCRATCH/keystore"
     VOLUME="$SCRATCH/volume"
@@ -69,7 +70,7 @@ scratch_end() {
     fi
     if [[ -n "${KEEP_SCRATCH:-}" ]]; then
         printf '%s: kept %s\n' "$SCRIPT" "$SCRATCH" >&2
-    elif ! mountpoint -q "$MNT"; then
+    elif ! is_mounted "$MNT"; then
         rm -rf --one-file-system "$SCRATCH"
     fi
     exit "$status"
@@ -102,9 +103,15 @@ process_state() {
     awk '/^State:/ { print $2 }' "/proc/$1/status" 2>/dev/null
 }
 
+# Whether anything is mounted there, by the kernel's table: a dead or a dark mount answers no stat(2), which
+# mountpoint(1) goes by.
+is_mounted() {
+    awk -v at="$1" '$5 == at { found = 1 } END { exit !found }' /proc/self/mountinfo
+}
+
 # Unmounts whatever way works.
 release_mount() {
-    mountpoint -q "$1" 2>/dev/null || return 0
+    is_mounted "$1" || return 0
     "$BIN/cmkfs" umount "$1" 2>/dev/null || fusermount3 -u "$1" 2>/dev/null || umount "$1" 2>/dev/null ||
         umount -l "$1" 2>/dev/null || fusermount3 -uz "$1"
 }
@@ -159,11 +166,11 @@ volume_mount() {
     "$BIN/cmkfs" mount "$VOLUME" "$MNT" --foreground "$@" >>"$SCRATCH/mount.log" 2>&1 9>&- &
     MOUNT_PID=$!
     within 30 mounted_or_dead
-    mountpoint -q "$MNT" || die "the mount failed: $(tail -n 1 "$SCRATCH/mount.log")"
+    is_mounted "$MNT" || die "the mount failed: $(tail -n 1 "$SCRATCH/mount.log")"
 }
 
 mounted_or_dead() {
-    mountpoint -q "$MNT" || [[ "$(process_state "$MOUNT_PID")" =~ ^(Z|)$ ]]
+    is_mounted "$MNT" || [[ "$(process_state "$MOUNT_PID")" =~ ^(Z|)$ ]]
 }
 
 # Unmounts and waits for the daemon to end, so that all is on disk.

@@ -28,7 +28,7 @@ held "key $KEY is Enabled"
 step "create a volume under it and mount it"
 "$BIN/cmkfs" create "$VOLUME" --key-id "$KEY"
 "$BIN/cmkfs" mount "$VOLUME" "$MNT"
-mountpoint -q "$MNT" || die "$MNT is not mounted though cmkfs mount succeeded"
+is_mounted "$MNT" || die "$MNT is not mounted though cmkfs mount succeeded"
 held "$VOLUME is mounted on $MNT"
 "$BIN/cmkfs" status "$MNT"
 
@@ -95,7 +95,7 @@ held "every checksum is the same"
 
 step "unmount"
 "$BIN/cmkfs" umount "$MNT"
-if mountpoint -q "$MNT"; then
+if is_mounted "$MNT"; then
     die "$MNT is still mounted"
 fi
 [[ -z "$(ls -A "$MNT")" ]] || die "the mount point is not empty"
