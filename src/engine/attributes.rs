@@ -44,18 +44,23 @@ impl Access<'_> {
         self.attr(ino)
     }
 
-    /// Clears what must not survive a write by someone else: suid, sgid and capabilities.
-    pub(crate) fn drop_privileges(&self, node: &Arc<Node>) -> Result<()> {
+    /// Clears what must not survive a write by someone else: suid, sgid and capabilities. True if the mode changed.
+    pub(crate) fn drop_privileges(&self, node: &Arc<Node>) -> Result<bool> {
         self.drop_capabilities(node)?;
         if node.state.read().record.perm & (SUID | SGID) == 0 {
-            return Ok(());
+            return Ok(false);
         }
         let mut staged = Staged::lock(&[node]);
         let now = self.now();
         let record = staged.record(node.ino)?;
+        let before = record.perm;
         clear_suid_sgid(record);
+        if record.perm == before {
+            return Ok(false);
+        }
         record.ctime = now;
-        staged.commit(self, Batch::default())
+        staged.commit(self, Batch::default())?;
+        Ok(true)
     }
 
     fn drop_capabilities(&self, node: &Arc<Node>) -> Result<()> {

@@ -36,6 +36,11 @@ impl Bell {
         self.changed.notify_one();
     }
 
+    /// Whether its thread is to end.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.state.lock().stopped
+    }
+
     /// Waits for a ring, at most `limit`.
     pub(crate) fn wait(&self, limit: Duration) -> Wake {
         let mut state = self.state.lock();

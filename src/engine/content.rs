@@ -52,6 +52,14 @@ impl View<'_> {
     }
 }
 
+/// How far a write got.
+pub(crate) struct Written {
+    /// Bytes taken in.
+    pub(crate) count: usize,
+    /// Why not all of them.
+    pub(crate) stopped: Option<Error>,
+}
+
 /// The blocks that a write touches: a buffer of whole blocks, and the bytes of it that are the write's.
 struct Incoming {
     first: u64,
@@ -234,27 +242,32 @@ impl Access<'_> {
         })
     }
 
-    /// Writes `data` at `offset`; the size grows with it, and the file's times become `stamp`. Returns the bytes
-    /// written: fewer than given only when storage refused the rest.
+    /// Writes `data` at `offset`; the size grows with it, and the file's times become `stamp`.
+    ///
+    /// # Errors
+    /// If not even the first bytes could be taken in.
     pub(crate) fn write(
         &self,
         node: &Arc<Node>,
         offset: u64,
         data: &[u8],
         stamp: Option<Timestamp>,
-    ) -> Result<usize> {
+    ) -> Result<Written> {
         let end = offset
             .checked_add(data.len() as u64)
             .filter(|end| *end <= FILE_BYTES_MAX);
         let end = end.ok_or(Error::Posix(libc::EFBIG))?;
         if data.is_empty() {
-            return Ok(0);
+            return Ok(Written {
+                count: 0,
+                stopped: None,
+            });
         }
         self.committer.check()?;
         let key = self.file_key(node)?;
         let mut incoming = Incoming::new(offset, data);
         incoming.seal_whole_blocks(self, &key)?;
-        let reached = {
+        let (reached, stopped) = {
             let mut state = node.state.write();
             let reached = self.take_in(node, &mut state, &key, incoming, end)?;
             if let Some(now) = stamp {
@@ -266,12 +279,14 @@ impl Access<'_> {
         if self.active.is_over_budget() {
             self.publish(node)?;
         }
-        Ok(usize::try_from(reached.saturating_sub(offset))
-            .unwrap_or(usize::MAX)
-            .min(data.len()))
+        let count = usize::try_from(reached.saturating_sub(offset)).unwrap_or(usize::MAX);
+        Ok(Written {
+            count: count.min(data.len()),
+            stopped,
+        })
     }
 
-    /// Takes blocks into the pending content. Returns the offset up to which it got.
+    /// Takes blocks into the pending content. Returns the offset up to which it got, and what stopped it there.
     fn take_in(
         &self,
         node: &Arc<Node>,
@@ -279,7 +294,7 @@ impl Access<'_> {
         key: &FileKey,
         mut incoming: Incoming,
         end: u64,
-    ) -> Result<u64> {
+    ) -> Result<(u64, Option<Error>)> {
         if state.file.poisoned {
             return Err(Error::Poisoned);
         }
@@ -306,16 +321,24 @@ impl Access<'_> {
                 }
             });
         }
-        let reached = self.place_all(node, state, first, &incoming.buffer, &sealed, small);
-        let reached = match reached {
-            (0, Some(error)) => return Err(error),
-            (blocks, _) => (first + blocks as u64).saturating_mul(BLOCK_U64).min(end),
-        };
-        state.record.content.size = state.record.content.size.max(reached);
-        state.file.dirty = true;
-        state.file.written = Some(self.clock.monotonic());
-        self.active.add(node, state);
-        Ok(reached)
+        let last = state.record.content.size / BLOCK_U64;
+        let last_before = self.block_at(node, state, last)?;
+        let (placed, stopped) = self.place_all(node, state, first, &incoming.buffer, &sealed, small);
+        let mut reached = (first + placed as u64).saturating_mul(BLOCK_U64).min(end);
+        if stopped.is_some() && self.block_at(node, state, last)? != last_before {
+            // The file's last block was taken in though others before it were not: so is its end.
+            reached = reached.max((last + 1).saturating_mul(BLOCK_U64).min(end));
+        }
+        if placed > 0 || stopped.is_some() {
+            state.record.content.size = state.record.content.size.max(reached);
+            state.file.dirty = true;
+            state.file.written = Some(self.clock.monotonic());
+            self.active.add(node, state);
+        }
+        match stopped {
+            Some(error) if placed == 0 => Err(error),
+            stopped => Ok((reached, stopped)),
+        }
     }
 
     /// Seals one block; the last one of a small file only as far as the file goes.
@@ -427,40 +450,12 @@ impl Access<'_> {
         sealed: &[SealedBlock],
         small: bool,
     ) -> Result<()> {
+        let slots = if small && pending.chunk.run.is_none() {
+            0
+        } else {
+            self.write_to_slots(node, state, pending, index, start, cipher, sealed)?
+        };
         let blocks = start..start + sealed.len();
-        let mut slots = 0;
-        if !(small && pending.chunk.run.is_none()) {
-            let named = pending.protected | self.busy_slots(state, index, pending.chunk.run);
-            let fresh = pending.chunk.run.is_none() || (sealed.len() == CHUNK_BLOCKS && named != 0);
-            let (run, file) = match pending.chunk.run.filter(|_| !fresh) {
-                Some(run) => (run, self.slot_file(node, state)?),
-                None => self.allocate_run(node, state, index)?,
-            };
-            slots = if fresh { u32::MAX } else { !named };
-            let mut at = start;
-            while at < blocks.end {
-                let alike = (at..blocks.end)
-                    .take_while(|other| bit(slots, *other) == bit(slots, at))
-                    .count();
-                if bit(slots, at) {
-                    let part = cipher
-                        .get((at - start) * BLOCK..(at - start + alike) * BLOCK)
-                        .unwrap_or_default();
-                    if let Err(error) = file.write(slot_offset(run, at), part) {
-                        if fresh {
-                            state.file.runs.give_back(run);
-                        }
-                        return Err(error);
-                    }
-                    state.file.slots_dirty = true;
-                }
-                at += alike;
-            }
-            if fresh {
-                pending.chunk.run = Some(run);
-                pending.protected = 0;
-            }
-        }
         for ((at, data), &(seal, length)) in blocks.zip(cipher.chunks_exact(BLOCK)).zip(sealed) {
             if bit(slots, at) {
                 pending.bodies.remove(&at);
@@ -472,6 +467,76 @@ impl Access<'_> {
             }
             pending.touched |= 1 << at;
         }
+        Ok(())
+    }
+
+    /// Writes the blocks that may go to slots, and says which those are. A whole chunk some of whose slots may not be
+    /// written goes to a fresh run; where there is no room for one, the others go inline.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one chunk's part of a write, called in one place"
+    )]
+    fn write_to_slots(
+        &self,
+        node: &Arc<Node>,
+        state: &mut NodeState,
+        pending: &mut PendingChunk,
+        index: u64,
+        start: usize,
+        cipher: &[u8],
+        sealed: &[SealedBlock],
+    ) -> Result<u32> {
+        let Some(run) = pending.chunk.run else {
+            self.write_fresh_run(node, state, pending, index, start, cipher)?;
+            return Ok(u32::MAX);
+        };
+        let named = pending.protected | self.busy_slots(state, index, Some(run));
+        if sealed.len() == CHUNK_BLOCKS && named != 0 {
+            match self.write_fresh_run(node, state, pending, index, start, cipher) {
+                Err(error) if matches!(error.errno(), libc::ENOSPC | libc::EDQUOT) => {}
+                outcome => return outcome.map(|()| u32::MAX),
+            }
+        }
+        let file = self.slot_file(node, state)?;
+        let end = start + sealed.len();
+        let mut at = start;
+        while at < end {
+            let alike = (at..end)
+                .take_while(|other| bit(named, *other) == bit(named, at))
+                .count();
+            if !bit(named, at) {
+                let part = cipher
+                    .get((at - start) * BLOCK..(at - start + alike) * BLOCK)
+                    .unwrap_or_default();
+                state.file.slots_dirty = true;
+                if let Err(error) = file.write(slot_offset(run, at), part) {
+                    rescue(pending, start..at + alike, cipher, sealed);
+                    return Err(error);
+                }
+            }
+            at += alike;
+        }
+        Ok(!named)
+    }
+
+    /// Writes blocks of a chunk to a run that no record names, which becomes the chunk's.
+    fn write_fresh_run(
+        &self,
+        node: &Arc<Node>,
+        state: &mut NodeState,
+        pending: &mut PendingChunk,
+        index: u64,
+        start: usize,
+        cipher: &[u8],
+    ) -> Result<()> {
+        let (run, file) = self.allocate_run(node, state, index)?;
+        if let Err(error) = file.write(slot_offset(run, start), cipher) {
+            self.return_run(node, state, run);
+            return Err(error);
+        }
+        state.file.slots_dirty = true;
+        pending.chunk.run = Some(run);
+        pending.protected = 0;
         Ok(())
     }
 
@@ -540,6 +605,20 @@ pub(crate) fn is_small(state: &NodeState, size: u64) -> bool {
 pub(crate) fn slot_offset(run: u64, index: usize) -> u64 {
     run.saturating_mul(CHUNK as u64)
         .saturating_add((index * BLOCK) as u64)
+}
+
+/// After a write to slots failed: those of them that the pending chunk named may hold what was there, the new block or half
+/// of it. The new blocks are kept inline instead, so that each is one of its versions. What was named by no record, and
+/// lies perhaps behind the end of the file, stays as it was.
+fn rescue(pending: &mut PendingChunk, blocks: Range<usize>, cipher: &[u8], sealed: &[SealedBlock]) {
+    for ((at, data), &(seal, length)) in blocks.zip(cipher.chunks_exact(BLOCK)).zip(sealed) {
+        if matches!(pending.chunk.block(at), Block::Slot(_)) && !bit(pending.protected, at) {
+            let body = data.get(..usize::from(length)).unwrap_or_default();
+            pending.bodies.insert(at, body.into());
+            pending.chunk.set(at, Block::Inline { seal, length });
+            pending.touched |= 1 << at;
+        }
+    }
 }
 
 fn bit(mask: u32, index: usize) -> bool {

@@ -21,6 +21,7 @@ use super::store::Store;
 use super::types::{FileKind, Ino, Timestamp};
 use super::volume::Options;
 use parking_lot::Mutex;
+use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Deref;
 use std::path::PathBuf;
@@ -41,6 +42,8 @@ pub(crate) struct Core {
     pub(crate) misses: Misses,
     pub(crate) active: Active,
     pub(crate) orphans: Orphans,
+    /// Files of which a failed sync lost content: they outlive their nodes (rule R6).
+    pub(crate) poisoned: Mutex<HashSet<Ino>>,
     /// Held by renames from one directory to another: while it is, no directory's ancestors change.
     pub(crate) rename: Mutex<()>,
     pub(crate) clock: Arc<dyn Clock>,
@@ -136,6 +139,11 @@ impl Access<'_> {
         self.admission.keys()
     }
 
+    /// Whether this is of what was accepted before the key was revoked.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.admission.is_draining()
+    }
+
     /// The opened row of the family `meta` under `key`, which belongs to `ino`.
     pub(crate) fn row(&self, ino: Ino, key: &[u8]) -> Result<Option<Vec<u8>>> {
         let sealed = self.store.get(Family::Meta, key)?;
@@ -173,11 +181,17 @@ impl Access<'_> {
     /// # Errors
     /// ESTALE if there is no such inode.
     pub(crate) fn node(&self, ino: Ino) -> Result<Arc<Node>> {
-        if let Some(node) = self.nodes.get(ino) {
-            return Ok(node);
+        loop {
+            let seen = match self.nodes.find(ino) {
+                Ok(node) => return Ok(node),
+                Err(seen) => seen,
+            };
+            let record = self.stored_record(ino)?.ok_or(Error::Posix(libc::ESTALE))?;
+            let node = Node::new(ino, record, self.poisoned.lock().contains(&ino));
+            if let Some(node) = self.nodes.insert(node, seen) {
+                return Ok(node);
+            }
         }
-        let record = self.stored_record(ino)?.ok_or(Error::Posix(libc::ESTALE))?;
-        Ok(self.nodes.insert(Node::new(ino, record)))
     }
 
     /// The node of a directory.

@@ -67,8 +67,13 @@ impl Access<'_> {
                 after = cookie;
             }
         }
+        let mut shown_any = after != from.0;
         loop {
-            let batch = self.list_batch(dir, after, plus)?;
+            let batch = match self.list_batch(dir, after, plus) {
+                // What was shown before, and counted, has to reach the kernel; a later call fails at this place again.
+                Err(_) if shown_any => return Ok(()),
+                batch => batch?,
+            };
             let files = batch
                 .iter()
                 .filter(|listed| listed.entry.kind == FileKind::Regular);
@@ -83,8 +88,11 @@ impl Access<'_> {
                     self.forget(listed.entry.ino, 1);
                 }
             }
-            if shown? < batch.len() || batch.len() < BATCH {
-                return Ok(());
+            match shown {
+                Err(_) if shown_any => return Ok(()),
+                Err(error) => return Err(error),
+                Ok(taken) if taken < batch.len() || batch.len() < BATCH => return Ok(()),
+                Ok(_) => shown_any = true,
             }
             after = batch.last().map_or(after, |listed| listed.place);
         }

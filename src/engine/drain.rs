@@ -114,7 +114,7 @@ impl Access<'_> {
             let written = body.and_then(|body| file.write(slot_offset(run, at), &body));
             if let Err(error) = written {
                 if let Some(run) = taken {
-                    state.file.runs.give_back(run);
+                    self.return_run(node, state, run);
                 }
                 return Err(error);
             }

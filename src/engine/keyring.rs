@@ -10,10 +10,10 @@ use super::keyservice::{KeyContext, KeyError, KeyService};
 use super::types::{Domain, Ino};
 use kms_crypto::SecretKey;
 use lru::LruCache;
-use parking_lot::{Mutex, RwLock, RwLockReadGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Most keys in one call to the KMS.
@@ -54,6 +54,7 @@ struct Gate {
 /// The key of an operation that passed the gate; the state cannot change while one is held.
 pub(crate) struct Admission<'k> {
     keys: Arc<DomainKeys>,
+    draining: bool,
     /// None for the one operation that runs while the gate is shut.
     _gate: Option<RwLockReadGuard<'k, Gate>>,
 }
@@ -61,6 +62,11 @@ pub(crate) struct Admission<'k> {
 impl Admission<'_> {
     pub(crate) fn keys(&self) -> &DomainKeys {
         &self.keys
+    }
+
+    /// Whether the keys are about to go.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining
     }
 }
 
@@ -74,6 +80,8 @@ pub(crate) struct Keyring {
     superblock_hash: [u8; 32],
     wrapped_vk: Vec<u8>,
     gate: RwLock<Gate>,
+    /// Somebody waits for the operations under way to end.
+    closing: AtomicBool,
     files: Vec<Mutex<LruCache<Ino, Arc<FileKey>>>>,
     calls: AtomicU64,
 }
@@ -97,6 +105,7 @@ impl Keyring {
                 state: KeyState::Revoked,
                 keys: None,
             }),
+            closing: AtomicBool::new(false),
             files: (0..CACHE_SHARDS)
                 .map(|_| Mutex::new(LruCache::new(per_shard)))
                 .collect(),
@@ -113,6 +122,7 @@ impl Keyring {
             (KeyState::Live, _, Some(keys)) | (KeyState::Draining, Purpose::Drain, Some(keys)) => {
                 Ok(Admission {
                     keys: Arc::clone(keys),
+                    draining: gate.state == KeyState::Draining,
                     _gate: Some(gate),
                 })
             }
@@ -136,14 +146,38 @@ impl Keyring {
 
     /// Live -> Draining. Returns once every operation begun before has ended.
     pub(crate) fn begin_draining(&self) {
-        self.gate.write().state = KeyState::Draining;
+        self.close().state = KeyState::Draining;
+    }
+
+    /// The gate, once every operation begun before has ended. Long ones are asked to break off.
+    fn close(&self) -> RwLockWriteGuard<'_, Gate> {
+        self.closing.store(true, Ordering::Release);
+        let gate = self.gate.write();
+        self.closing.store(false, Ordering::Release);
+        gate
+    }
+
+    /// To be asked now and then by an operation that may take long.
+    ///
+    /// # Errors
+    /// That the keys are going, and the operation is to end.
+    pub(crate) fn go_on(&self) -> Result<()> {
+        if self.closing.load(Ordering::Acquire) {
+            Err(Error::KeyRevoked)
+        } else {
+            Ok(())
+        }
     }
 
     /// -> dark: waits until every operation has ended, lets `last` use the keys alone, and wipes them.
     pub(crate) fn go_dark(&self, state: KeyState, last: impl FnOnce(Admission<'_>)) {
-        let mut gate = self.gate.write();
+        let mut gate = self.close();
         if let Some(keys) = gate.keys.take() {
-            last(Admission { keys, _gate: None });
+            last(Admission {
+                keys,
+                draining: true,
+                _gate: None,
+            });
         }
         gate.state = state;
         for shard in &self.files {

@@ -129,6 +129,7 @@ impl Access<'_> {
             let group = chunk..(chunk + ALLOCATE_CHUNKS_MAX).min(last + 1);
             chunk = group.end;
             let is_last = chunk > last;
+            self.keyring.go_on()?;
             self.restructure(node, |state| {
                 for index in group.clone() {
                     self.allocate_in_chunk(node, state, index, &range)?;
@@ -167,14 +168,18 @@ impl Access<'_> {
                     changed = true;
                 }
             }
-            if changed && !small && pending.chunk.run.is_none() {
-                let (run, file) = self.allocate_run(node, state, index)?;
-                if let Err(error) = file.reserve(run) {
-                    state.file.runs.give_back(run);
-                    return Err(error);
-                }
-                pending.chunk.run = Some(run);
+            if !changed || small {
+                return Ok(());
             }
+            if let Some(run) = pending.chunk.run {
+                return self.slot_file(node, state)?.reserve(run);
+            }
+            let (run, file) = self.allocate_run(node, state, index)?;
+            if let Err(error) = file.reserve(run) {
+                self.return_run(node, state, run);
+                return Err(error);
+            }
+            pending.chunk.run = Some(run);
             Ok(())
         })
     }
@@ -251,11 +256,20 @@ impl Access<'_> {
                 .unwrap_or(usize::MAX)
                 .min(COPY_BYTES);
             let part = buffer.get_mut(..want).unwrap_or_default();
-            let count = self.read(from.0, from.1.saturating_add(copied), part)?;
-            let part = part.get(..count).unwrap_or_default();
-            let written = self.write(to.0, to.1.saturating_add(copied), part, Some(self.now()))?;
-            copied = copied.saturating_add(written as u64);
-            if written < want {
+            let written = self
+                .read(from.0, from.1.saturating_add(copied), part)
+                .and_then(|count| {
+                    let part = part.get(..count).unwrap_or_default();
+                    self.write(to.0, to.1.saturating_add(copied), part, Some(self.now()))
+                        .map(|written| written.count)
+                });
+            match written {
+                // What was copied has to be told: the kernel drops the pages of that much of the target.
+                Err(error) if copied == 0 => return Err(error),
+                Ok(written) => copied = copied.saturating_add(written as u64),
+                Err(_) => break,
+            }
+            if written != Ok(want) {
                 break;
             }
         }

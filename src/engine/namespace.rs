@@ -30,21 +30,22 @@ impl Access<'_> {
     /// Finds a name, and counts one reference of the kernel's to the inode.
     pub(crate) fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {
         check_name(name)?;
-        let dir = self.directory(parent)?;
-        let ino = match name {
-            b"." => parent,
-            b".." => dir.state.read().record.parent,
-            _ => {
-                // Counted under the directory's lock: an unlink that follows sees that the kernel knows the inode.
-                let _held = dir.state.read();
-                let (_, entry) = self.entry(parent, name)?;
-                self.nodes.looked_up(entry.ino);
-                entry.ino
-            }
-        };
-        if name == b"." || name == b".." {
-            self.nodes.looked_up(ino);
+        if name == b"." {
+            // Of any kind: the kernel finds the inode of an NFS handle so (fuse_get_dentry).
+            self.nodes.looked_up(parent);
+            return self.attr(parent).inspect_err(|_| self.forget(parent, 1));
         }
+        let dir = self.directory(parent)?;
+        let ino = {
+            // Counted under the directory's lock: an unlink that follows sees that the kernel knows the inode.
+            let held = dir.state.read();
+            let ino = match name {
+                b".." => held.record.parent,
+                _ => self.entry(parent, name)?.1.ino,
+            };
+            self.nodes.looked_up(ino);
+            ino
+        };
         self.attr(ino).map_err(|error| {
             self.forget(ino, 1);
             missing_is_corrupt(ino, error)
@@ -135,7 +136,7 @@ impl Access<'_> {
         if let Some((_, key)) = key {
             self.keyring.remember(ino, key);
         }
-        self.nodes.insert(Node::new(ino, record));
+        self.nodes.insert_new(Node::new(ino, record, false));
         self.nodes.looked_up(ino);
         Ok(attr)
     }

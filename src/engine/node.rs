@@ -111,7 +111,7 @@ pub(crate) fn next_generation() -> u64 {
 }
 
 impl NodeState {
-    pub(crate) fn new(record: InodeRecord) -> Self {
+    pub(crate) fn new(record: InodeRecord, poisoned: bool) -> Self {
         Self {
             published: record.content,
             file: FileState {
@@ -124,7 +124,7 @@ impl NodeState {
                 busy: HashMap::new(),
                 drainable: BTreeSet::new(),
                 written: None,
-                poisoned: false,
+                poisoned,
                 generation: next_generation(),
             },
             record,
@@ -141,11 +141,11 @@ impl NodeState {
 }
 
 impl Node {
-    pub(crate) fn new(ino: Ino, record: InodeRecord) -> Arc<Self> {
+    pub(crate) fn new(ino: Ino, record: InodeRecord, poisoned: bool) -> Arc<Self> {
         Arc::new(Self {
             ino,
             publishing: Mutex::new(()),
-            state: RwLock::new(NodeState::new(record)),
+            state: RwLock::new(NodeState::new(record, poisoned)),
         })
     }
 }
@@ -185,15 +185,39 @@ impl<'a> Locked<'a> {
 /// The nodes in memory. A node that something still refers to (an operation, pending content) is never evicted,
 /// so that an inode has at most one node.
 pub(crate) struct NodeTable {
-    shards: Vec<Mutex<LruCache<Ino, Arc<Node>>>>,
+    shards: Vec<Mutex<Shard>>,
     lookups: Vec<Mutex<HashMap<Ino, u64>>>,
     per_shard_max: usize,
+}
+
+struct Shard {
+    nodes: LruCache<Ino, Arc<Node>>,
+    /// Moves when nodes are dropped.
+    drops: Drops,
+}
+
+/// How often nodes of a shard were dropped. A record that was read before a drop may be older than what the dropped node
+/// committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Drops(u64);
+
+impl Shard {
+    fn dropped(&mut self) {
+        self.drops.0 = self.drops.0.wrapping_add(1);
+    }
 }
 
 impl NodeTable {
     pub(crate) fn new(entries_max: usize) -> Self {
         Self {
-            shards: (0..SHARDS).map(|_| Mutex::new(LruCache::unbounded())).collect(),
+            shards: (0..SHARDS)
+                .map(|_| {
+                    Mutex::new(Shard {
+                        nodes: LruCache::unbounded(),
+                        drops: Drops::default(),
+                    })
+                })
+                .collect(),
             lookups: (0..SHARDS).map(|_| Mutex::default()).collect(),
             per_shard_max: NonZeroUsize::new(entries_max / SHARDS)
                 .unwrap_or(NonZeroUsize::MIN)
@@ -206,47 +230,71 @@ impl NodeTable {
     }
 
     pub(crate) fn get(&self, ino: Ino) -> Option<Arc<Node>> {
-        Self::shard(&self.shards, ino)?.lock().get(&ino).map(Arc::clone)
+        self.find(ino).ok()
     }
 
-    /// Adds a node loaded from storage, unless another thread was first; returns the one that counts.
-    pub(crate) fn insert(&self, node: Arc<Node>) -> Arc<Node> {
-        let Some(shard) = Self::shard(&self.shards, node.ino) else {
-            return node;
+    /// A node, or what [`Self::insert`] has to be told after the record was read.
+    pub(crate) fn find(&self, ino: Ino) -> Result<Arc<Node>, Drops> {
+        let Some(shard) = Self::shard(&self.shards, ino) else {
+            return Err(Drops::default());
         };
         let mut shard = shard.lock();
-        if let Some(first) = shard.get(&node.ino) {
-            return Arc::clone(first);
-        }
-        shard.put(node.ino, Arc::clone(&node));
-        self.evict(&mut shard);
-        node
+        let found = shard.nodes.get(&ino).map(Arc::clone);
+        found.ok_or(shard.drops)
     }
 
-    fn evict(&self, shard: &mut LruCache<Ino, Arc<Node>>) {
-        // Each entry is looked at once at most: when all are in use the table grows past its limit instead.
+    /// Adds a node loaded from storage, unless another thread was first; returns the one that counts. `None` if its
+    /// record may be outdated: nodes were dropped since `seen`.
+    pub(crate) fn insert(&self, node: Arc<Node>, seen: Drops) -> Option<Arc<Node>> {
+        let mut shard = Self::shard(&self.shards, node.ino)?.lock();
+        if let Some(first) = shard.nodes.get(&node.ino) {
+            return Some(Arc::clone(first));
+        }
+        if shard.drops != seen {
+            return None;
+        }
+        self.add(&mut shard, &node);
+        Some(node)
+    }
+
+    /// Adds the node of an inode that was just made.
+    pub(crate) fn insert_new(&self, node: Arc<Node>) {
+        if let Some(shard) = Self::shard(&self.shards, node.ino) {
+            self.add(&mut shard.lock(), &node);
+        }
+    }
+
+    fn add(&self, shard: &mut Shard, node: &Arc<Node>) {
+        shard.nodes.put(node.ino, Arc::clone(node));
+        // A few are looked at: when all of them are in use the table grows past its limit instead.
         let mut looked_at = 0;
-        while shard.len() > self.per_shard_max && looked_at < 8 {
+        while shard.nodes.len() > self.per_shard_max && looked_at < 8 {
             looked_at += 1;
-            let Some((ino, node)) = shard.pop_lru() else {
+            let Some((ino, node)) = shard.nodes.pop_lru() else {
                 return;
             };
             if Arc::strong_count(&node) > 1 {
-                shard.put(ino, node);
+                shard.nodes.put(ino, node);
+            } else {
+                shard.dropped();
             }
         }
     }
 
     pub(crate) fn remove(&self, ino: Ino) {
         if let Some(shard) = Self::shard(&self.shards, ino) {
-            shard.lock().pop(&ino);
+            let mut shard = shard.lock();
+            shard.nodes.pop(&ino);
+            shard.dropped();
         }
     }
 
     /// Drops every node: their records are plaintext, and the keys are going.
     pub(crate) fn clear(&self) {
         for shard in &self.shards {
-            shard.lock().clear();
+            let mut shard = shard.lock();
+            shard.nodes.clear();
+            shard.dropped();
         }
     }
 
@@ -285,11 +333,57 @@ impl NodeTable {
         }
     }
 
-    /// Every inode that the kernel may cache something of.
+    /// Every inode that the kernel may cache something of: the root, which it knows without looking it up, first.
     pub(crate) fn known(&self) -> Vec<Ino> {
-        self.lookups
+        let looked_up = self
+            .lookups
             .iter()
-            .flat_map(|shard| shard.lock().keys().copied().collect::<Vec<_>>())
-            .collect()
+            .flat_map(|shard| shard.lock().keys().copied().collect::<Vec<_>>());
+        std::iter::once(Ino::ROOT).chain(looked_up).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::namespace::new_record;
+    use crate::engine::types::{FileKind, NewNode, Timestamp};
+
+    fn node(ino: Ino) -> Arc<Node> {
+        let new = NewNode {
+            kind: FileKind::Regular,
+            perm: 0o644,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+        };
+        let record = new_record(None, Ino::ROOT, &new, Timestamp::default());
+        Node::new(ino, record, false)
+    }
+
+    #[test]
+    fn a_record_read_before_its_node_was_dropped_makes_no_node() {
+        let table = NodeTable::new(SHARDS);
+        let ino = Ino(SHARDS as u64);
+        let seen = table.find(ino).err().unwrap();
+        // Another thread loads it, changes it, and is done with it; others push it out.
+        table.insert_new(node(ino));
+        table.insert_new(node(Ino(2 * SHARDS as u64)));
+        assert!(table.get(ino).is_none());
+        assert!(table.insert(node(ino), seen).is_none());
+        let seen = table.find(ino).err().unwrap();
+        assert!(table.insert(node(ino), seen).is_some());
+    }
+
+    #[test]
+    fn a_node_in_use_stays_and_is_the_only_one() {
+        let table = NodeTable::new(SHARDS);
+        let used = node(Ino(SHARDS as u64));
+        table.insert_new(Arc::clone(&used));
+        for number in 2..20 {
+            table.insert_new(node(Ino(number * SHARDS as u64)));
+        }
+        let again = table.insert(node(used.ino), Drops::default());
+        assert!(Arc::ptr_eq(&again.unwrap(), &used));
     }
 }

@@ -190,6 +190,7 @@ impl Volume {
             misses: Misses::default(),
             active: Active::default(),
             orphans: Orphans::default(),
+            poisoned: Mutex::default(),
             rename: Mutex::new(()),
             clock,
             observer: Mutex::new(None),

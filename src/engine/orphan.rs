@@ -2,11 +2,9 @@
 //! once that is durable their slot file, and last the orphan row that remembers it.
 
 use super::commit::{Batch, Seq};
-use super::content::INLINE_BYTES_MAX;
 use super::core::{Access, Core};
 use super::error::{Error, Result};
 use super::format::rowkey::{self, Family, Table};
-use super::node::NodeState;
 use super::publish::Publishing;
 use super::types::{Domain, Ino};
 use parking_lot::Mutex;
@@ -108,23 +106,28 @@ impl Access<'_> {
         let _right = Publishing::begin(&node);
         let mut state = node.state.write();
         let state = &mut *state;
-        if state.record.nlink > 0 || self.nodes.is_known(ino) {
+        if state.record.nlink > 0 {
             return Ok(());
         }
-        self.discard_pending(state);
-        let mut batch = self.cut(&node, state, 0..u64::MAX)?.batch;
+        if self.nodes.is_known(ino) {
+            // Found by its number meanwhile: it waits to be forgotten again.
+            self.orphaned(ino);
+            return Ok(());
+        }
+        let mut batch = self.erase_chunks(&node)?;
+        self.take_pending(state);
         if state.record.xattrs > 0 {
             let row = |place| rowkey::entry(Table::Xattrs, ino, place);
             batch.delete_range(Family::Meta, row(0), row(u64::MAX));
         }
-        if state.published.runs > 0 || state.file.runs.is_loaded() {
+        let has_slot_file = state.file.has_slot_file || self.slots.exists(ino);
+        if has_slot_file {
             batch.delete_range(
                 Family::Meta,
                 rowkey::bitmap(ino, 0),
                 rowkey::bitmap(ino, u64::MAX),
             );
         }
-        let has_slot_file = may_have_slot_file(state);
         if !has_slot_file {
             batch.delete(Family::Meta, rowkey::orphan(ino));
         }
@@ -162,8 +165,4 @@ impl Access<'_> {
         }
         Ok(())
     }
-}
-
-fn may_have_slot_file(state: &NodeState) -> bool {
-    state.file.has_slot_file || state.record.content.size > INLINE_BYTES_MAX
 }

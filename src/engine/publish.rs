@@ -10,7 +10,7 @@ use super::error::{Error, Result};
 use super::format::chunk::{Block, CHUNK_BLOCKS, Chunk};
 use super::format::inode::{ContentState, InodeRecord};
 use super::format::rowkey::{self, Family};
-use super::node::{BusySlots, Node, NodeState, next_generation, slot_mask};
+use super::node::{BusySlots, Node, NodeState, PendingChunk, next_generation, slot_mask};
 use super::runs::PAGE_RUNS;
 use super::slots::SlotFile;
 use parking_lot::MutexGuard;
@@ -101,7 +101,7 @@ impl Access<'_> {
         let outcome = change(&mut state).and_then(|cut| self.publish_locked(node, &mut state, cut));
         if outcome.is_err() {
             state.record = before;
-            self.discard_pending(&mut state);
+            self.discard_pending(node, &mut state);
         }
         outcome
     }
@@ -141,15 +141,38 @@ impl Access<'_> {
     fn poison(&self, node: &Arc<Node>, state: &mut NodeState, error: &Error) {
         tracing::error!(inode = node.ino.0, %error, "a sync failed; the file accepts no more changes");
         state.file.poisoned = true;
+        self.poisoned.lock().insert(node.ino);
         self.active.add(node, state);
     }
 
-    /// Forgets the pending chunks of a change that is not to be.
-    pub(crate) fn discard_pending(&self, state: &mut NodeState) {
-        for (_, chunk) in std::mem::take(&mut state.file.pending) {
+    /// Forgets the pending chunks of a change that is not to be, and gives back the runs that they took.
+    fn discard_pending(&self, node: &Arc<Node>, state: &mut NodeState) {
+        for (index, discarded) in self.take_pending(state) {
+            let published = self.published_chunk(node, state, index).map(|chunk| chunk.run);
+            let Some(run) = discarded.chunk.run.filter(|run| published != Ok(Some(*run))) else {
+                continue;
+            };
+            self.return_run(node, state, run);
+        }
+    }
+
+    /// Gives back a run that no commit ever named, and its space to the host.
+    pub(crate) fn return_run(&self, node: &Node, state: &mut NodeState, run: u64) {
+        state.file.runs.give_back(run);
+        let punched = self.slot_file(node, state).and_then(|file| file.punch(run));
+        if let Err(error) = punched {
+            tracing::warn!(inode = node.ino.0, %error, "the space of a run was not given back to the host");
+        }
+    }
+
+    /// Takes the pending chunks away.
+    pub(crate) fn take_pending(&self, state: &mut NodeState) -> BTreeMap<u64, PendingChunk> {
+        state.file.dirty = false;
+        let pending = std::mem::take(&mut state.file.pending);
+        for chunk in pending.values() {
             self.active.account(chunk.accounted, 0);
         }
-        state.file.dirty = false;
+        pending
     }
 
     /// Prepares the deletion of the published chunks in `range`, none of which is pending.
@@ -162,6 +185,7 @@ impl Access<'_> {
         let mut rows = Vec::new();
         let (from, to) = (rowkey::chunk(ino, range.start), rowkey::chunk(ino, range.end));
         self.store.scan(Family::Meta, &from, &to, |key, sealed| {
+            self.keyring.go_on()?;
             let chunk = self.open_chunk(ino, key, sealed)?;
             let index = rowkey::last_number(key).unwrap_or(u64::MAX);
             cut.freed.extend(chunk.run);
@@ -171,17 +195,8 @@ impl Access<'_> {
             }
             Ok(true)
         })?;
-        if rows.len() > CUT_BY_ROW_MAX {
-            cut.batch.delete_range(Family::Meta, from, to);
-            let block = |chunk: u64| rowkey::content(ino, chunk.saturating_mul(CHUNK_BLOCKS as u64));
-            cut.batch
-                .delete_range(Family::Content, block(range.start), block(range.end));
-        } else {
-            for (index, chunk) in &rows {
-                cut.batch.delete(Family::Meta, rowkey::chunk(ino, *index));
-                delete_inline(&mut cut.batch, node, *index, chunk, &Chunk::default());
-            }
-        }
+        let rows = Some(rows).filter(|rows| rows.len() <= CUT_BY_ROW_MAX);
+        delete_chunks(&mut cut.batch, node, range, rows);
         for run in &cut.freed {
             self.load_run_page(node, state, run / PAGE_RUNS)?;
         }
@@ -192,6 +207,27 @@ impl Access<'_> {
         state.file.generation = next_generation();
         state.file.dirty = true;
         Ok(cut)
+    }
+
+    /// The deletion of every chunk of a file that is going for good. It needs to know nothing of them, so that neither many
+    /// nor damaged ones keep it from going.
+    pub(crate) fn erase_chunks(&self, node: &Node) -> Result<Batch> {
+        let mut rows = Some(Vec::new());
+        let (from, to) = (rowkey::chunk(node.ino, 0), rowkey::chunk(node.ino, u64::MAX));
+        self.store.scan(Family::Meta, &from, &to, |key, sealed| {
+            rows = rows
+                .take()
+                .filter(|rows| rows.len() < CUT_BY_ROW_MAX)
+                .zip(self.open_chunk(node.ino, key, sealed).ok())
+                .map(|(mut rows, chunk)| {
+                    rows.push((rowkey::last_number(key).unwrap_or(u64::MAX), chunk));
+                    rows
+                });
+            Ok(rows.is_some())
+        })?;
+        let mut batch = Batch::default();
+        delete_chunks(&mut batch, node, 0..u64::MAX, rows);
+        Ok(batch)
     }
 
     fn complete(&self, node: &Arc<Node>, state: &mut NodeState, frozen: Frozen, cut: Cut) -> Result<()> {
@@ -342,9 +378,12 @@ impl Access<'_> {
         let durable = self.committer.durable();
         let mut state = node.state.write();
         let state = &mut *state;
+        let mut punched = Ok(());
         for run in state.file.runs.release(durable) {
-            self.slot_file(node, state)?.punch(run)?;
+            let outcome = self.slot_file(node, state).and_then(|file| file.punch(run));
+            punched = punched.and(outcome);
         }
+        punched?;
         state.file.busy.retain(|_, busy| busy.until > durable);
         let file = &state.file;
         let idle = file.pending.is_empty() && file.runs.is_settled() && file.busy.is_empty();
@@ -394,6 +433,24 @@ pub(crate) fn mark_busy(state: &mut NodeState, index: u64, run: Option<u64>, slo
     }
     busy.slots |= slots;
     busy.until = busy.until.max(until);
+}
+
+/// Deletes the chunks in `range`: row by row if it is known which there are.
+fn delete_chunks(batch: &mut Batch, node: &Node, range: Range<u64>, rows: Option<Vec<(u64, Chunk)>>) {
+    match rows {
+        Some(rows) => {
+            for (index, chunk) in &rows {
+                batch.delete(Family::Meta, rowkey::chunk(node.ino, *index));
+                delete_inline(batch, node, *index, chunk, &Chunk::default());
+            }
+        }
+        None => {
+            let chunk = |index| rowkey::chunk(node.ino, index);
+            batch.delete_range(Family::Meta, chunk(range.start), chunk(range.end));
+            let block = |index: u64| rowkey::content(node.ino, index.saturating_mul(CHUNK_BLOCKS as u64));
+            batch.delete_range(Family::Content, block(range.start), block(range.end));
+        }
+    }
 }
 
 /// Deletes the rows of blocks that were inline and no longer are.

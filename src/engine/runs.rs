@@ -60,11 +60,6 @@ impl Runs {
         self.pages.contains_key(&page)
     }
 
-    /// Whether any page was loaded.
-    pub(crate) fn is_loaded(&self) -> bool {
-        !self.pages.is_empty()
-    }
-
     /// Takes in a bitmap record, or its absence.
     pub(crate) fn load(&mut self, page: u64, record: Option<&[u8]>) {
         let mut loaded = Page::default();

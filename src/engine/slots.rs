@@ -94,6 +94,11 @@ impl Slots {
         Ok(file)
     }
 
+    /// Whether the inode has a slot file, used or not.
+    pub(crate) fn exists(&self, ino: Ino) -> bool {
+        self.path(ino).exists()
+    }
+
     /// Removes a slot file whose inode is durably gone.
     pub(crate) fn remove(&self, ino: Ino) -> Result<()> {
         self.open.lock().pop(&ino);

@@ -131,6 +131,23 @@ pub struct SetAttr {
     pub kill_suid_sgid: bool,
 }
 
+impl SetAttr {
+    /// Whether nothing but times is set.
+    pub(crate) fn is_of_times(&self) -> bool {
+        matches!(
+            self,
+            Self {
+                perm: None,
+                uid: None,
+                gid: None,
+                size: None,
+                kill_suid_sgid: false,
+                ..
+            }
+        )
+    }
+}
+
 /// What a new inode is made with.
 #[derive(Debug, Clone, Copy)]
 pub struct NewNode {

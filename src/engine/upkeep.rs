@@ -7,6 +7,7 @@ use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
 use super::seal;
 use super::types::Ino;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
@@ -62,6 +63,9 @@ fn keep_up(core: &Core) {
 
 fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
     while let Ok(job) = jobs.recv() {
+        if core.key_bell.is_stopped() {
+            return;
+        }
         let done = match job {
             Fetch::Stop => return,
             Fetch::Nursery => core.serve().and_then(|access| access.refill_nursery_ahead()),
@@ -73,9 +77,16 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
     }
 }
 
+/// The thread that nothing may end but the volume's own end: a panic in it must not leave the volume readable for ever.
 fn watch_key(core: &Core, mut lease: Lease) {
     while core.key_bell.wait(core.options.key_poll_interval) == Wake::Work {
-        core.poll_key(&mut lease);
+        let poll = AssertUnwindSafe(|| core.poll_key(&mut lease));
+        if catch_unwind(poll).is_err() {
+            tracing::error!(
+                "asking for the state of the key panicked; the volume goes dark until that is known"
+            );
+            core.shut();
+        }
     }
 }
 
@@ -99,9 +110,22 @@ impl Access<'_> {
             .into_iter()
             .filter_map(|ino| self.active.get(ino))
         {
-            outcome = outcome.and(self.publish(&node));
+            outcome = outcome.and(self.publish(&node).inspect_err(|_| {
+                // What it held goes with its node.
+                self.poisoned.lock().insert(node.ino);
+            }));
         }
-        outcome.and(self.committer.sync_to(self.committer.committed()))
+        outcome = outcome.and(self.committer.sync_to(self.committer.committed()));
+        // What waits for that is forgotten, too, and would be a leak.
+        for node in self
+            .active
+            .inodes()
+            .into_iter()
+            .filter_map(|ino| self.active.get(ino))
+        {
+            outcome = outcome.and(self.settle(&node).map(|_| ()));
+        }
+        outcome
     }
 }
 
@@ -202,6 +226,31 @@ impl Core {
                 tracing::error!(%error, "content written before the revocation is lost");
             }
         });
+        self.forget_secrets();
+    }
+
+    /// -> dark without an attempt to store anything more.
+    fn shut(&self) {
+        self.keyring.go_dark(KeyState::Unreachable, |_| {
+            // What a commit freed may be written again by the nodes that come after these: not before it is durable.
+            if let Err(error) = self.committer.sync_to(self.committer.committed()) {
+                tracing::error!(%error, "content written before is lost");
+            }
+            let nodes = self
+                .active
+                .inodes()
+                .into_iter()
+                .filter_map(|ino| self.active.get(ino));
+            let losing = nodes
+                .filter(|node| node.state.read().file.dirty)
+                .map(|node| node.ino);
+            self.poisoned.lock().extend(losing);
+        });
+        self.forget_secrets();
+    }
+
+    /// Drops what was decrypted, here and in the kernel, once the gate is shut.
+    fn forget_secrets(&self) {
         // No operation is under way, and none begins: nothing refers to these any more.
         self.active.clear();
         self.nodes.clear();

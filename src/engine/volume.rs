@@ -91,6 +91,11 @@ impl Volume {
         *self.core.observer.lock() = Some(observer);
     }
 
+    /// Has nobody told any more.
+    pub fn clear_observer(&self) {
+        *self.core.observer.lock() = None;
+    }
+
     /// Publishes, drains and syncs everything, and ends the volume: only [`Self::status`] means anything afterwards.
     /// To be called when the kernel has let go of it.
     ///
@@ -277,7 +282,13 @@ impl Volume {
     /// # Errors
     /// EISDIR and EINVAL for a size of what has none, EFBIG.
     pub fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
-        self.core.change()?.setattr(ino, set)
+        // The times of what was written back come behind it.
+        let access = if set.is_of_times() {
+            self.core.drain()?
+        } else {
+            self.core.change()?
+        };
+        access.setattr(ino, set)
     }
 
     /// getxattr(2).
@@ -332,28 +343,39 @@ impl Volume {
         access.read(&access.regular(ino)?, offset, buffer)
     }
 
+    /// Clears suid, sgid and capabilities, as any change of content by an unprivileged caller does. True if the mode
+    /// changed, of which the kernel does not know.
+    ///
+    /// # Errors
+    /// EISDIR and EINVAL for what has no content.
+    pub fn drop_privileges(&self, ino: Ino) -> Result<bool> {
+        let access = self.core.change()?;
+        access.drop_privileges(&access.regular(ino)?)
+    }
+
     /// Writes for a program at `offset`, extending the size; returns how many bytes, fewer than given only when
-    /// storage refused the rest. `kill_suid_sgid` clears suid, sgid and capabilities first.
+    /// storage refused the rest.
     ///
     /// # Errors
     /// EFBIG, ENOSPC; [`Error::Poisoned`] after a failed sync.
-    pub fn write(&self, ino: Ino, offset: u64, data: &[u8], kill_suid_sgid: bool) -> Result<usize> {
+    pub fn write(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<usize> {
         let access = self.core.change()?;
-        let node = access.regular(ino)?;
-        if kill_suid_sgid {
-            access.drop_privileges(&node)?;
-        }
-        access.write(&node, offset, data, Some(access.now()))
+        let written = access.write(&access.regular(ino)?, offset, data, Some(access.now()))?;
+        Ok(written.count)
     }
 
-    /// Takes in what the kernel's page cache held. The times stay: the kernel keeps them with the pages, and sends
-    /// them by [`Self::setattr`]. Accepted while the volume goes dark, too.
+    /// Takes in what the kernel's page cache held, all of it or with an error: the kernel takes a short answer for the
+    /// whole (fuse_writepage_end). The times stay: the kernel keeps them with the pages, and sends them by
+    /// [`Self::setattr`]. Accepted while the volume goes dark, too, and then stamped, since what the kernel sends
+    /// later is refused.
     ///
     /// # Errors
-    /// Those of [`Self::write`].
-    pub fn write_back(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<usize> {
+    /// Those of [`Self::write`]; what was taken in before stays.
+    pub fn write_back(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<()> {
         let access = self.core.drain()?;
-        access.write(&access.regular(ino)?, offset, data, None)
+        let stamp = access.is_draining().then(|| access.now());
+        let written = access.write(&access.regular(ino)?, offset, data, stamp)?;
+        written.stopped.map_or(Ok(()), Err)
     }
 
     /// fallocate(2).

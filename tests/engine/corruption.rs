@@ -76,7 +76,7 @@ fn two_large_files() -> (Fixture, [Ino; 2], [PathBuf; 2]) {
     let volume = fixture.open();
     let inodes = [b"one", b"two"].map(|name| {
         let ino = volume.make(Ino::ROOT, name, &FILE).unwrap().ino;
-        volume.write(ino, 0, &noise(ino.0, 300_000), false).unwrap();
+        volume.write(ino, 0, &noise(ino.0, 300_000)).unwrap();
         ino
     });
     volume.close().unwrap();
@@ -149,7 +149,7 @@ fn an_older_version_of_a_slot_is_refused() {
     let (fixture, [one, _], slots) = two_large_files();
     let old = std::fs::read(&slots[0]).unwrap();
     let volume = fixture.open();
-    volume.write(one, 4096, &noise(99, 4096), false).unwrap();
+    volume.write(one, 4096, &noise(99, 4096)).unwrap();
     volume.close().unwrap();
     drop(volume);
     let mut bytes = std::fs::read(&slots[0]).unwrap();
@@ -166,4 +166,22 @@ fn an_older_version_of_a_slot_is_refused() {
         Err(Error::Corrupt { .. })
     ));
     assert_eq!(volume.read(one, 0, &mut [0; 4096]), Ok(4096));
+}
+
+#[test]
+fn a_copy_stops_before_what_is_damaged_and_tells_how_far_it_came() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let from = volume.make(Ino::ROOT, b"from", &FILE).unwrap().ino;
+    let to = volume.make(Ino::ROOT, b"to", &FILE).unwrap().ino;
+    let bytes = noise(1, 3 << 20);
+    volume.write(from, 0, &bytes).unwrap();
+    volume.fsync(from).unwrap();
+    let slots = files_below(&fixture.dir().join("data"));
+    assert_eq!(slots.len(), 1);
+    flip(&slots[0], 3 << 19);
+    assert_eq!(volume.copy_range(from, 0, to, 0, 3 << 20), Ok(1 << 20));
+    assert!(content(&volume, to).unwrap() == bytes[..1 << 20]);
+    let rest = volume.copy_range(from, 1 << 20, to, 1 << 20, 2 << 20);
+    assert!(matches!(rest, Err(Error::Corrupt { .. })));
 }

@@ -129,3 +129,18 @@ fn a_removed_directory_takes_no_new_names() {
     assert_eq!(moved, Err(Error::Posix(libc::ENOENT)));
     assert_eq!(list(&volume, dir).unwrap(), []);
 }
+
+#[test]
+fn the_kernel_finds_an_inode_of_any_kind_by_its_number() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    for node in [FILE, DIR] {
+        let name = format!("{:?}", node.kind);
+        let ino = volume.make(Ino::ROOT, name.as_bytes(), &node).unwrap().ino;
+        assert_eq!(volume.lookup(ino, b".").unwrap().ino, ino);
+    }
+    assert_eq!(
+        volume.lookup(Ino(1 << 40), b".").unwrap_err().errno(),
+        libc::ESTALE
+    );
+}

@@ -26,16 +26,23 @@ fn a_disabled_key_darkens_the_volume_and_an_enabled_one_brings_everything_back()
     volume.set_observer(purges.clone());
     let file = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
     let bytes = noise(7, 300_000);
-    volume.write(file, 0, &bytes, false).unwrap();
+    volume.write(file, 0, &bytes).unwrap();
 
     fixture.kms.set(Answer::Disabled);
     state_becomes(&volume, KeyState::Revoked);
     eventually(|| purges.0.lock().unwrap().len() == 2);
-    assert!(purges.0.lock().unwrap().iter().all(|told| told.contains(&file)));
+    assert!(
+        purges
+            .0
+            .lock()
+            .unwrap()
+            .iter()
+            .all(|told| told.contains(&file) && told.contains(&Ino::ROOT))
+    );
     assert_eq!(volume.getattr(file), Err(Error::KeyRevoked));
     assert_eq!(volume.lookup(Ino::ROOT, b"file"), Err(Error::KeyRevoked));
     assert_eq!(volume.read(file, 0, &mut [0; 10]), Err(Error::KeyRevoked));
-    assert_eq!(volume.write(file, 0, b"late", false), Err(Error::KeyRevoked));
+    assert_eq!(volume.write(file, 0, b"late"), Err(Error::KeyRevoked));
     assert_eq!(volume.make(Ino::ROOT, b"other", &FILE), Err(Error::KeyRevoked));
     assert_eq!(volume.fsync(file), Err(Error::KeyRevoked));
     assert_eq!(volume.status().cached_deks, 0);
@@ -69,12 +76,30 @@ fn an_unreachable_kms_is_tolerated_for_the_length_of_its_lease() {
     let volume = fixture.open();
     fixture.kms.set(Answer::Unreachable);
     fixture.clock.advance(FakeKms::LEASE / 2);
+    let before = fixture.kms.renewals();
+    // Of two that begin from now on, the first has been dealt with.
+    eventually(|| fixture.kms.renewals() >= before + 2);
     assert_eq!(volume.check_key(), Ok(()));
     fixture.clock.advance(FakeKms::LEASE);
     state_becomes(&volume, KeyState::Unreachable);
     assert_eq!(volume.check_key(), Err(Error::KeyUnavailable));
     fixture.kms.set(Answer::Enabled);
     state_becomes(&volume, KeyState::Live);
+}
+
+#[test]
+fn a_panic_of_the_thread_that_watches_the_key_darkens_the_volume() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let purges = Arc::new(Purges::default());
+    volume.set_observer(purges.clone());
+    fixture.kms.set(Answer::Panic);
+    state_becomes(&volume, KeyState::Unreachable);
+    assert_eq!(volume.check_key(), Err(Error::KeyUnavailable));
+    eventually(|| !purges.0.lock().unwrap().is_empty());
+    fixture.kms.set(Answer::Enabled);
+    state_becomes(&volume, KeyState::Live);
+    volume.close().unwrap();
 }
 
 #[test]
@@ -110,7 +135,7 @@ fn ten_thousand_creates_make_at_most_a_hundred_calls() {
                 .make(dir, format!("file {number}").as_bytes(), &FILE)
                 .unwrap()
                 .ino;
-            volume.write(file, 0, b"some content", false).unwrap();
+            volume.write(file, 0, b"some content").unwrap();
         }
     }
     let calls = fixture.kms.calls() - before;
@@ -127,7 +152,7 @@ fn what_the_page_cache_held_changes_content_but_no_times() {
     volume.write_back(file.ino, 0, b"content").unwrap();
     let attr = volume.getattr(file.ino).unwrap();
     assert_eq!((attr.size, attr.mtime, attr.ctime), (7, file.mtime, file.ctime));
-    volume.write(file.ino, 0, b"C", false).unwrap();
+    volume.write(file.ino, 0, b"C").unwrap();
     assert_eq!(
         volume.getattr(file.ino).unwrap().mtime.secs,
         file.mtime.secs + 100
@@ -143,7 +168,7 @@ fn files_read_one_after_the_other_share_calls() {
             .make(Ino::ROOT, format!("file {number}").as_bytes(), &FILE)
             .unwrap()
             .ino;
-        volume.write(file, 0, b"some content", false).unwrap();
+        volume.write(file, 0, b"some content").unwrap();
     }
     volume.close().unwrap();
     drop(volume);

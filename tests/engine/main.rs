@@ -10,5 +10,6 @@ mod golden;
 mod keys;
 mod model;
 mod reference;
+mod space;
 mod support;
 mod tree;

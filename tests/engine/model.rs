@@ -246,10 +246,7 @@ impl Pair {
             } => {
                 let Some(file) = self.file(file) else { return };
                 let bytes = noise(seed, length);
-                assert_eq!(
-                    errno(volume.write(self.inodes[file], offset, &bytes, false)),
-                    Ok(length)
-                );
+                assert_eq!(errno(volume.write(self.inodes[file], offset, &bytes)), Ok(length));
                 write(&mut self.model.nodes[file].data, offset, &bytes);
             }
             Step::Read { file, offset, length } => {

@@ -19,6 +19,7 @@ pub enum Answer {
     Destroyed,
     Denied,
     Unreachable,
+    Panic,
 }
 
 /// Wraps keys as a KMS does: sealed under a key of its own, bound to their context.
@@ -28,6 +29,7 @@ pub struct FakeKms {
     answer: Mutex<Answer>,
     issues: AtomicU64,
     opens: AtomicU64,
+    renewals: AtomicU64,
 }
 
 impl FakeKms {
@@ -45,6 +47,7 @@ impl FakeKms {
             answer: Mutex::new(Answer::Enabled),
             issues: AtomicU64::new(0),
             opens: AtomicU64::new(0),
+            renewals: AtomicU64::new(0),
         }
     }
 
@@ -57,13 +60,20 @@ impl FakeKms {
         self.issues.load(Ordering::SeqCst) + self.opens.load(Ordering::SeqCst)
     }
 
+    /// Renewals that were asked for.
+    pub fn renewals(&self) -> u64 {
+        self.renewals.load(Ordering::SeqCst)
+    }
+
     fn check(&self) -> Result<(), KeyError> {
-        match *self.answer.lock().unwrap() {
+        let answer = *self.answer.lock().unwrap();
+        match answer {
             Answer::Enabled => Ok(()),
             Answer::Disabled => Err(KeyError::Revoked),
             Answer::Destroyed => Err(KeyError::Erased),
             Answer::Denied => Err(KeyError::Denied),
             Answer::Unreachable => Err(KeyError::Unreachable("nothing listens".to_owned())),
+            Answer::Panic => panic!("a defect in the adapter"),
         }
     }
 
@@ -121,6 +131,7 @@ impl KeyService for FakeKms {
     }
 
     fn renew(&self) -> Result<Duration, KeyError> {
+        self.renewals.fetch_add(1, Ordering::SeqCst);
         self.check().map(|()| Self::LEASE)
     }
 }

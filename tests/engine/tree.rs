@@ -39,9 +39,7 @@ pub fn make(volume: &Volume) {
         let ino = volume.make(dir, name.as_bytes(), &FILE).unwrap().ino;
         match name {
             "sparse" => {
-                volume
-                    .write(ino, 300_000, &bytes[300_000..310_000], false)
-                    .unwrap();
+                volume.write(ino, 300_000, &bytes[300_000..310_000]).unwrap();
                 volume
                     .setattr(
                         ino,
@@ -53,20 +51,18 @@ pub fn make(volume: &Volume) {
                     .unwrap();
             }
             "rewritten" => {
-                volume.write(ino, 0, &noise(6, 400_000), false).unwrap();
+                volume.write(ino, 0, &noise(6, 400_000)).unwrap();
                 volume.fsync(ino).unwrap();
-                volume
-                    .write(ino, 100_000, &bytes[100_000..104_500], false)
-                    .unwrap();
+                volume.write(ino, 100_000, &bytes[100_000..104_500]).unwrap();
             }
             "punched" => {
-                volume.write(ino, 0, &noise(8, 500_000), false).unwrap();
+                volume.write(ino, 0, &noise(8, 500_000)).unwrap();
                 volume
                     .fallocate(ino, Fallocate::PunchHole, 130_000, 170_000)
                     .unwrap();
             }
             "cut" => {
-                volume.write(ino, 0, &noise(9, 200_000), false).unwrap();
+                volume.write(ino, 0, &noise(9, 200_000)).unwrap();
                 volume.fsync(ino).unwrap();
                 volume
                     .setattr(
@@ -79,7 +75,7 @@ pub fn make(volume: &Volume) {
                     .unwrap();
             }
             _ => {
-                volume.write(ino, 0, &bytes, false).unwrap();
+                volume.write(ino, 0, &bytes).unwrap();
             }
         }
         volume.fsync(ino).unwrap();

@@ -328,3 +328,84 @@ fn without_the_page_cache_everything_still_works() {
     assert!(fs::read(world.at("copy")).unwrap() == bytes);
     world.unmount();
 }
+
+/// A program that prints its effective uid, owned by root, suid, and writable for everybody.
+fn suid_program(world: &World, name: &str) -> std::path::PathBuf {
+    let path = world.at(name);
+    fs::copy("/usr/bin/id", &path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o4777)).unwrap();
+    path
+}
+
+/// Runs a command as a user without rights; what it printed.
+fn as_stranger(command: &mut Command) -> String {
+    let output = command.uid(65_533).gid(65_533).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn what_a_stranger_changed_does_not_run_with_its_owners_rights() {
+    let world = World::new();
+    fs::set_permissions(world.mnt(), fs::Permissions::from_mode(0o777)).unwrap();
+    let who = |program: &std::path::Path| as_stranger(Command::new(program).arg("-u"));
+    let program = suid_program(&world, "untouched");
+    assert_eq!(who(&program), "0");
+
+    // Nothing asks for the mode between the change and the execution.
+    let program = suid_program(&world, "written");
+    as_stranger(
+        Command::new("dd")
+            .args([
+                "if=/usr/bin/id",
+                "bs=1k",
+                "count=1",
+                "conv=notrunc",
+                "status=none",
+            ])
+            .arg(format!("of={}", program.display())),
+    );
+    assert_eq!(who(&program), "65533");
+
+    let program = suid_program(&world, "zeroed");
+    let length = fs::metadata(&program).unwrap().len();
+    as_stranger(
+        Command::new("fallocate")
+            .args(["--keep-size", "--offset", &length.to_string(), "--length", "4096"])
+            .arg(&program),
+    );
+    assert_eq!(who(&program), "65533");
+    assert_eq!(fs::metadata(&program).unwrap().mode() & 0o7777, 0o777);
+}
+
+#[test]
+fn a_copy_within_the_mount_clears_suid() {
+    let world = World::new();
+    fs::write(world.at("from"), noise(1, 20_000)).unwrap();
+    fs::set_permissions(world.at("from"), fs::Permissions::from_mode(0o666)).unwrap();
+    let to = suid_program(&world, "to");
+    let (from, to) = (
+        File::open(world.at("from")).unwrap(),
+        File::options().write(true).open(to).unwrap(),
+    );
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: the system call itself, not libc's wrapper, changes the credentials of this thread alone.
+            let changed = unsafe { libc::syscall(libc::SYS_setresuid, -1_i64, 65_533_i64, -1_i64) };
+            assert_eq!(changed, 0);
+            let copied = rustix::fs::copy_file_range(&from, None, &to, None, 20_000);
+            assert_eq!(copied, Ok(20_000));
+        });
+    });
+    assert_eq!(to.metadata().unwrap().mode() & 0o7777, 0o777);
+}
+
+#[test]
+fn a_large_copy_within_the_mount_is_whole() {
+    let world = World::new();
+    let bytes = noise(1, 20 << 20);
+    fs::write(world.at("from"), &bytes).unwrap();
+    let copied = fs::copy(world.at("from"), world.at("to")).unwrap();
+    assert_eq!(copied, bytes.len() as u64);
+    assert!(fs::read(world.at("to")).unwrap() == bytes);
+}

@@ -37,7 +37,11 @@ fn files_below(dir: &Path) -> Vec<PathBuf> {
 fn found(dirs: &[PathBuf], needles: &[Vec<u8>]) -> usize {
     let mut count = 0;
     for path in dirs.iter().flat_map(|dir| files_below(dir)) {
-        let mut bytes = fs::read(&path).unwrap();
+        let mut bytes = match fs::read(&path) {
+            // The database removes files while it is open.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            bytes => bytes.unwrap(),
+        };
         bytes.extend_from_slice(path.as_os_str().as_encoded_bytes());
         count += needles.iter().filter(|needle| contains(&bytes, needle)).count();
     }

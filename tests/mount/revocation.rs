@@ -7,6 +7,11 @@ use std::os::unix::fs::FileExt;
 
 const SIZE: usize = 1 << 20;
 
+/// How many entries a directory shows.
+fn list(dir: &std::path::Path) -> std::io::Result<usize> {
+    fs::read_dir(dir)?.try_fold(0, |count, entry| entry.map(|_| count + 1))
+}
+
 fn refused<T>(result: std::io::Result<T>) -> bool {
     errno(result) == libc::EKEYREVOKED
 }
@@ -51,6 +56,12 @@ fn a_disabled_key_refuses_everything_and_an_enabled_one_brings_it_back_without_a
     std::os::unix::fs::symlink("dir/file", world.at("link")).unwrap();
     let mut open = File::open(world.at("dir/file")).unwrap();
     let writer = File::options().write(true).open(world.at("other")).unwrap();
+    for _ in 0..4 {
+        assert_eq!(
+            (list(&world.mnt()).unwrap(), list(&world.at("dir")).unwrap()),
+            (3, 1)
+        );
+    }
     // Everything is in the kernel's caches now, and this write in nothing else.
     assert_eq!(fs::read(world.at("link")).unwrap(), bytes);
     assert!(mapped_page_is_readable(&open));
@@ -67,11 +78,13 @@ fn a_disabled_key_refuses_everything_and_an_enabled_one_brings_it_back_without_a
     assert!(refused(fs::metadata(world.at("dir/file"))));
     assert!(refused(File::open(world.at("other"))));
     assert!(refused(fs::read_link(world.at("link"))));
-    assert!(refused(
-        fs::read_dir(world.at("dir")).and_then(|mut dir| dir
-            .next()
-            .unwrap_or(Err(std::io::Error::from_raw_os_error(libc::EKEYREVOKED))))
-    ));
+    // The purge goes on from inode to inode.
+    eventually("nothing can be listed", || {
+        refused(list(&world.at("dir"))) && refused(list(&world.mnt()))
+    });
+    eventually("the root has no attributes", || {
+        refused(fs::metadata(world.mnt()))
+    });
     assert!(refused(fs::write(world.at("new"), b"x")));
     assert!(refused(writer.sync_all()));
 
@@ -135,4 +148,23 @@ fn a_key_that_was_disabled_while_kmsd_was_started_anew_is_noticed() {
     eventually("the file can be read again", || {
         fs::read(world.at("file")).is_ok()
     });
+}
+
+#[test]
+fn a_log_that_nobody_reads_any_more_does_not_keep_the_volume_readable() {
+    let mut world = World::unmounted();
+    // Every request is logged: the pipe is full at once.
+    let (stands_still, log) = std::io::pipe().unwrap();
+    world.mount_with_log(&[], log.into());
+    fs::write(world.at("file"), b"content").unwrap();
+    for reader in [Some(stands_still), None] {
+        world.with_key("disable-key");
+        eventually("the file cannot be read", || refused(fs::read(world.at("file"))));
+        world.with_key("enable-key");
+        eventually("the file can be read again", || {
+            fs::read(world.at("file")).is_ok()
+        });
+        drop(reader);
+    }
+    world.unmount();
 }

@@ -25,7 +25,7 @@ pub fn program(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_cmkfs")).with_file_name(name);
     assert!(
         path.exists(),
-        "{} is missing: run 'cargo build --release --workspace --bins' first, as scripts/test.sh does",
+        "{} is missing: 'cargo test --workspace' builds it, as scripts/test.sh does",
         path.display()
     );
     path
@@ -177,6 +177,12 @@ impl World {
 
     /// Mounts in the foreground of a child, so that its pid is known.
     pub fn mount(&mut self, options: &[&str]) {
+        let log = File::create(self.path("mount.log")).unwrap();
+        self.mount_with_log(options, log.into());
+    }
+
+    /// The same, logging to whatever `log` is.
+    pub fn mount_with_log(&mut self, options: &[&str], log: Stdio) {
         let child = Command::new(program("cmkfs"))
             .arg("--socket")
             .arg(self.socket())
@@ -184,7 +190,7 @@ impl World {
             .env("CMKFS_LOG", "trace")
             .args(options)
             .args([self.volume(), self.mnt()])
-            .stderr(File::create(self.path("mount.log")).unwrap())
+            .stderr(log)
             .spawn()
             .unwrap();
         self.mount = Some(child);
@@ -195,9 +201,12 @@ impl World {
         });
     }
 
+    /// Whether a volume is mounted on the mount point, or anywhere below the scratch directory.
     pub fn is_mounted(&self) -> bool {
         let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        table.contains(self.mnt().to_str().unwrap())
+        let scratch = self.path("");
+        let ours = |line: &str| line.contains(scratch.to_str().unwrap()) && line.contains(" fuse.cmkfs ");
+        table.lines().any(ours)
     }
 
     /// What the mounting process logged.
@@ -205,11 +214,28 @@ impl World {
         std::fs::read_to_string(self.path("mount.log")).unwrap_or_default()
     }
 
-    /// Unmounts in order; the process must end well.
+    /// Unmounts in order; the process must end well. A child that another test's thread is about to start has copies of
+    /// this process's descriptors until it calls execve(2), those of files in this mount among them: it is busy for
+    /// that long.
     pub fn unmount(&mut self) {
-        self.cmkfs_ok(&["umount", self.mnt().to_str().unwrap()]);
+        eventually("the mount is not in use", || {
+            let output = self.cmkfs(&["umount", self.mnt().to_str().unwrap()]);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() || said.contains("in use"), "{said}");
+            output.status.success()
+        });
         let status = self.mount.take().unwrap().wait().unwrap();
         assert!(status.success(), "{status:?}: {}", self.log());
+    }
+
+    /// Sends a signal to the mounting process.
+    pub fn signal_mount(&self, signal: i32) {
+        send(self.mount.as_ref().unwrap(), signal);
+    }
+
+    /// Waits for the end of the mounting process.
+    pub fn wait_for_mount(&mut self) -> std::process::ExitStatus {
+        self.mount.take().unwrap().wait().unwrap()
     }
 
     /// Sends a signal to the mounting process and waits for its end.
@@ -253,14 +279,18 @@ impl ExpectFuse for std::io::Result<File> {
     }
 }
 
-fn end(mut child: Child, signal: i32) -> std::process::ExitStatus {
-    let pid = rustix::process::Pid::from_child(&child);
+fn send(child: &Child, signal: i32) {
+    let pid = rustix::process::Pid::from_child(child);
     let signal = rustix::process::Signal::from_named_raw(signal).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
+}
+
+fn end(mut child: Child, signal: i32) -> std::process::ExitStatus {
+    send(&child, signal);
     child.wait().unwrap()
 }
 
-fn detach(mountpoint: &Path) {
+pub fn detach(mountpoint: &Path) {
     let flags = rustix::mount::UnmountFlags::DETACH;
     match rustix::mount::unmount(mountpoint, flags) {
         Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}

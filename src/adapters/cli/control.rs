@@ -14,6 +14,8 @@ use std::time::Duration;
 const NAME: &str = "control";
 /// Longest wait for the other side.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait when the host has no descriptor for a connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Longest answer that is read, in bytes.
 const ANSWER_MAX: u64 = 64 << 10;
 
@@ -47,8 +49,14 @@ pub(super) fn start(
     let facts = facts(dir, superblock);
     let answer = move || {
         for stream in listener.incoming() {
-            let (Ok(mut stream), Some(volume)) = (stream, volume.upgrade()) else {
-                return;
+            let Some(volume) = volume.upgrade() else { return };
+            let mut stream = match stream {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "a question for the status could not be heard");
+                    std::thread::sleep(ACCEPT_PAUSE);
+                    continue;
+                }
             };
             let mut line = state(&volume, &mountpoint, facts.clone()).to_string();
             line.push('\n');

@@ -4,39 +4,57 @@ use super::Failure;
 use std::ffi::CString;
 use std::io::Write;
 use std::path::Path;
-use std::sync::Mutex;
-use tracing_subscriber::EnvFilter;
+use tracing_appender::non_blocking;
+use tracing_appender::non_blocking::WorkerGuard;
+use tracing_subscriber::filter::{EnvFilter, filter_fn};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Sets the level, as in `debug` or `cmkfs=debug,warn`.
 const LEVEL_VARIABLE: &str = "CMKFS_LOG";
 const LEVEL_DEFAULT: &str = "info";
-/// What is never logged, whatever the level.
-const SILENT: &str = "fuser=off";
+/// What is never logged, whatever the level: it logs requests with the names in them.
+const SILENT: &str = "fuser";
 /// What syslog shows before each line.
 const IDENTITY: &std::ffi::CStr = c"cmkfs";
 
-/// Starts logging for a mount.
-pub(super) fn start(foreground: bool, file: Option<&Path>) -> Result<(), Failure> {
-    let filter = EnvFilter::try_from_env(LEVEL_VARIABLE).unwrap_or_else(|_| EnvFilter::new(LEVEL_DEFAULT));
-    // It logs requests with the names in them.
-    let silent = SILENT
-        .parse()
-        .map_err(|error| format!("no log filter: {error}"))?;
-    let filter = filter.add_directive(silent);
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(false);
-    let started = match file {
+/// Writes what is still to be written when it is dropped.
+pub(super) type Flush = WorkerGuard;
+
+/// Starts logging for a mount. Lines are written by a thread of their own, and lost when it falls far behind: a terminal or a
+/// pipe whose reader stands still must not hold up the thread that watches the key. To be called behind fork(2).
+pub(super) fn start(foreground: bool, file: Option<&Path>) -> Result<Flush, Failure> {
+    let level = std::env::var(LEVEL_VARIABLE).unwrap_or_else(|_| LEVEL_DEFAULT.to_owned());
+    let filter = EnvFilter::try_new(&level).map_err(|error| {
+        format!("${LEVEL_VARIABLE} is '{level}': {error}; it takes error, warn, info or debug")
+    })?;
+    let (writer, flush) = match file {
         Some(path) => {
             let file = std::fs::File::options().create(true).append(true).open(path);
-            let file = file.map_err(|error| format!("log file {}: {error}", path.display()))?;
-            lines.with_writer(Mutex::new(file)).try_init()
+            non_blocking(file.map_err(|error| format!("log file {}: {error}", path.display()))?)
         }
-        None if foreground => lines.with_writer(std::io::stderr).try_init(),
-        None => lines.without_time().with_writer(|| Syslog).try_init(),
+        None if foreground => non_blocking(std::io::stderr()),
+        None => non_blocking(Syslog),
     };
-    started.map_err(|error| format!("no log: {error}"))
+    let lines = tracing_subscriber::fmt::layer()
+        .with_target(false)
+        .with_ansi(false)
+        // It would complain on a standard error output that may be gone, and panic.
+        .log_internal_errors(false)
+        .with_writer(writer);
+    let lines = if file.is_none() && !foreground {
+        // syslog(3) has times of its own.
+        lines.without_time().boxed()
+    } else {
+        lines.boxed()
+    };
+    let lines = lines.with_filter(filter_fn(|line| !line.target().starts_with(SILENT)));
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(filter)
+        .try_init()
+        .map_err(|error| format!("no log: {error}"))?;
+    Ok(flush)
 }
 
 /// Sends each formatted line to syslog(3).

@@ -5,13 +5,13 @@ mod control;
 mod create;
 mod logging;
 mod mount;
-mod mounts;
 mod options;
 mod status;
 mod umount;
 
 use crate::engine::{KeyError, OpenError, Superblock};
 use clap::{Args, Parser, Subcommand};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -24,7 +24,7 @@ use std::process::ExitCode;
 Examples:
   cmkfs create ~/vault --key-id alias/home      make a volume under a CMK of kmsd
   cmkfs mount ~/vault ~/private                 mount it, and go to the background
-  cmkfs mount -o ro,cache=none ~/vault /mnt     read-only, with no plaintext in the page cache
+  cmkfs mount -o ro,cache=none ~/vault /mnt     read-only; what read(2) gives stays out of the page cache
   cmkfs status ~/private --json                 state of the key, of the log and of the caches
   cmkfs umount ~/private                        returns when everything is on disk
 
@@ -109,7 +109,7 @@ pub fn run() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            eprintln!("cmkfs: {}", one_line(&message));
+            complain(&message);
             ExitCode::FAILURE
         }
     }
@@ -117,6 +117,11 @@ pub fn run() -> ExitCode {
 
 /// What went wrong, for a person: names what is wrong and what to do.
 type Failure = String;
+
+/// One line on the standard error output, if that is still there.
+fn complain(message: &str) {
+    let _heard = writeln!(std::io::stderr(), "cmkfs: {}", one_line(message));
+}
 
 fn one_line(message: &str) -> String {
     message.lines().map(str::trim).collect::<Vec<_>>().join(" ")

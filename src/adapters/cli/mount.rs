@@ -6,11 +6,11 @@ use super::{
     Failure, MountArguments, control, existing_directory, key_failure, logging, one_line, open_failure,
     read_superblock,
 };
-use crate::adapters::fuse::{Mounted, unmount};
+use crate::adapters::fuse::{Mounted, Unmounter};
 use crate::adapters::kms::{SessionKeys, connect};
 use crate::engine::{Superblock, SystemClock, Volume};
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,18 +36,27 @@ pub(super) fn run(arguments: &MountArguments, socket: &Path) -> Result<(), Failu
             Side::Child(report) => report,
         }
     };
-    let served =
-        logging::start(plan.foreground, plan.log_file.as_deref()).and_then(|()| serve(&plan, &mut report));
+    let served = match logging::start(plan.foreground, plan.log_file.as_deref()) {
+        Ok(flush) => {
+            let served = serve(&plan, &mut report);
+            if let Err(message) = &served
+                && !plan.foreground
+                && !report.is_awaited()
+            {
+                tracing::error!("{message}");
+            }
+            drop(flush);
+            served
+        }
+        Err(message) => Err(message),
+    };
     match served {
         // The parent says it, on the terminal.
         Err(message) if report.is_awaited() => {
             report.failed(&one_line(&message));
             std::process::exit(1);
         }
-        Err(message) if !plan.foreground => {
-            tracing::error!("{message}");
-            std::process::exit(1);
-        }
+        Err(_) if !plan.foreground => std::process::exit(1),
         other => other,
     }
 }
@@ -103,7 +112,8 @@ fn serve_open(plan: &Plan, volume: &Arc<Volume>, report: &mut Report) -> Result<
         &plan.superblock,
     )?;
     // Blocked from before the mount is there, so that none of them finds it half made.
-    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(|error| format!("no signals: {error}"))?;
+    let mut signals =
+        Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|error| format!("no signals: {error}"))?;
     let mounted = Mounted::start(
         volume,
         &plan.volume,
@@ -113,13 +123,13 @@ fn serve_open(plan: &Plan, volume: &Arc<Volume>, report: &mut Report) -> Result<
     )
     .map_err(|error| format!("cannot mount on {}: {error}", plan.mountpoint.display()))?;
     let handle = signals.handle();
-    let mountpoint = plan.mountpoint.clone();
+    let unmounter = mounted.unmounter();
     let unmounting = std::thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {
             for signal in signals.forever() {
                 tracing::info!(signal, "unmounting");
-                end(&mountpoint);
+                end(&unmounter);
             }
         });
     let unmounting = unmounting.map_err(|error| format!("no thread for signals: {error}"))?;
@@ -135,13 +145,17 @@ fn serve_open(plan: &Plan, volume: &Arc<Volume>, report: &mut Report) -> Result<
 }
 
 /// A busy mount leaves the tree at once, and ends when the last program has let go of it.
-fn end(mountpoint: &Path) {
-    let done = unmount(mountpoint, false).or_else(|error| {
+fn end(mount: &Unmounter) {
+    let done = mount.unmount(false).or_else(|error| {
         tracing::warn!(%error, "the mount is in use: it ends when its last user does");
-        unmount(mountpoint, true)
+        mount.unmount(true)
     });
-    if let Err(error) = done {
-        tracing::error!(%error, "cannot unmount");
+    match done {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::warn!("the mount is not there to be unmounted; it ends when its last user does")
+        }
+        Err(error) => tracing::error!(%error, "cannot unmount"),
     }
 }
 

@@ -1,13 +1,14 @@
 //! `cmkfs status`
 
-use super::{Failure, StatusArguments, control, existing_directory, mounts, open_failure};
+use super::{Failure, StatusArguments, control, existing_directory, open_failure};
+use crate::adapters::fuse;
 use crate::engine::Superblock;
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
 
 pub(super) fn run(arguments: &StatusArguments) -> Result<(), Failure> {
-    let dir = match mounts::find(&arguments.path)? {
+    let dir = match fuse::find(&arguments.path).map_err(|error| format!("mountinfo: {error}"))? {
         Some(mount) => mount.volume,
         None => existing_directory(&arguments.path, "volume")?,
     };

@@ -24,8 +24,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-/// Most bytes one copy_file_range request copies: the answer counts in 32 bits.
-const COPY_BYTES_MAX: u64 = 1 << 31;
+/// Most bytes one copy_file_range request copies; programs ask again for the rest. A revocation waits for requests
+/// that are under way.
+const COPY_BYTES_MAX: u64 = 8 << 20;
 /// File handles: whether the open file may write.
 const READER: FileHandle = FileHandle(0);
 const WRITER: FileHandle = FileHandle(1);
@@ -100,6 +101,18 @@ impl CmkFs {
         }
     }
 
+    /// What HANDLE_KILLPRIV_V2 leaves to the daemon. The kernel goes on with the mode it knows, for execve(2) too, until
+    /// it is told that its attributes are stale.
+    fn drop_privileges(&self, volume: &Volume, ino: INodeNo, wanted: bool) -> Result<(), Error> {
+        if wanted
+            && volume.drop_privileges(Ino(ino.0))?
+            && let Some(laundry) = &*self.laundry.read()
+        {
+            laundry.expire_attributes(Ino(ino.0));
+        }
+        Ok(())
+    }
+
     fn make(
         &self,
         req: &Request,
@@ -120,6 +133,12 @@ impl CmkFs {
             volume.make(Ino(parent.0), name.as_bytes(), &node)
         })
     }
+}
+
+/// Whether the caller keeps suid and sgid of what it changes. Its capabilities do not come with a request: root stands
+/// for CAP_FSETID.
+fn is_privileged(req: &Request) -> bool {
+    req.uid() == 0
 }
 
 fn time_of(time: TimeOrNow) -> crate::engine::Timestamp {
@@ -174,7 +193,7 @@ impl Filesystem for CmkFs {
         reply: ReplyAttr,
     ) {
         // HANDLE_KILLPRIV_V2 leaves it to us: any change of owner, and a change of size by an ordinary user.
-        let kill_suid_sgid = uid.is_some() || gid.is_some() || (size.is_some() && req.uid() != 0);
+        let kill_suid_sgid = uid.is_some() || gid.is_some() || (size.is_some() && !is_privileged(req));
         let set = SetAttr {
             perm: mode.map(permissions),
             uid,
@@ -283,7 +302,7 @@ impl Filesystem for CmkFs {
         let opened = self.call("open", ino, |volume| {
             volume.open_file(Ino(ino.0))?;
             if flags.0 & libc::O_TRUNC != 0 {
-                let kill_suid_sgid = req.uid() != 0;
+                let kill_suid_sgid = !is_privileged(req);
                 volume.setattr(
                     Ino(ino.0),
                     &SetAttr {
@@ -353,8 +372,11 @@ impl Filesystem for CmkFs {
         let is_writeback = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let written = self.call("write", ino, |volume| match is_writeback {
-            true => volume.write_back(Ino(ino.0), offset, data),
-            false => volume.write(Ino(ino.0), offset, data, kill),
+            true => volume.write_back(Ino(ino.0), offset, data).map(|()| data.len()),
+            false => {
+                self.drop_privileges(volume, ino, kill)?;
+                volume.write(Ino(ino.0), offset, data)
+            }
         });
         match written {
             Ok(count) => reply.written(u32::try_from(count).unwrap_or(u32::MAX)),
@@ -525,7 +547,7 @@ impl Filesystem for CmkFs {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -541,6 +563,7 @@ impl Filesystem for CmkFs {
             _ => return reply.error(Errno::from_i32(libc::EOPNOTSUPP)),
         };
         let done = self.call("fallocate", ino, |volume| {
+            self.drop_privileges(volume, ino, !is_privileged(req))?;
             volume.fallocate(Ino(ino.0), how, offset, length)
         });
         reply_empty(reply, done);
@@ -595,7 +618,7 @@ impl Filesystem for CmkFs {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         ino_in: INodeNo,
         _fh_in: FileHandle,
         offset_in: u64,
@@ -608,6 +631,7 @@ impl Filesystem for CmkFs {
     ) {
         let len = len.min(COPY_BYTES_MAX);
         let copied = self.call("copy_file_range", ino_out, |volume| {
+            self.drop_privileges(volume, ino_out, !is_privileged(req))?;
             volume.copy_range(Ino(ino_in.0), offset_in, Ino(ino_out.0), offset_out, len)
         });
         match copied {

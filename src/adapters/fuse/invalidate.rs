@@ -3,8 +3,9 @@
 //! Invalidation writes dirty pages back first, through requests that a FUSE loop has to answer: it is never done on
 //! one.
 
-use crate::engine::{CacheObserver, Ino, Seek, Volume};
+use crate::engine::{CacheObserver, Error, Ino, Seek, Volume};
 use fuser::{Errno, INodeNo, Notifier, ReplyLseek};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -58,22 +59,36 @@ pub(super) struct Search {
     pub(super) reply: ReplyLseek,
 }
 
-/// Answers searches in files with writers, after having their dirty pages written back.
-pub(super) struct Laundry(SyncSender<Search>);
+/// Keeps what the kernel caches of files true: answers searches in files with writers, after having their dirty pages
+/// written back, and expires attributes that changed behind its back.
+pub(super) struct Laundry {
+    searches: SyncSender<Search>,
+    notifier: Notifier,
+}
 
 impl Laundry {
     /// Starts the thread. It ends with the last sender.
     pub(super) fn start(volume: Arc<Volume>, notifier: Notifier) -> std::io::Result<Self> {
         let (sender, searches) = sync_channel(LAUNDRY_MAX);
+        let for_thread = notifier.clone();
         std::thread::Builder::new()
             .name("laundry".to_owned())
-            .spawn(move || launder(&volume, &notifier, &searches))?;
-        Ok(Self(sender))
+            .spawn(move || launder(&volume, &for_thread, &searches))?;
+        Ok(Self {
+            searches: sender,
+            notifier,
+        })
+    }
+
+    /// Has the kernel ask for an inode's attributes again. That touches no page and waits for no request, so that it may
+    /// be done on a loop.
+    pub(super) fn expire_attributes(&self, ino: Ino) {
+        expire_attributes(&self.notifier, ino);
     }
 
     /// Takes a search over. With too many waiting, its caller is told to try again.
     pub(super) fn take(&self, search: Search) {
-        if let Err(error) = self.0.try_send(search) {
+        if let Err(error) = self.searches.try_send(search) {
             let (std::sync::mpsc::TrySendError::Full(search)
             | std::sync::mpsc::TrySendError::Disconnected(search)) = error;
             search.reply.error(Errno::from_i32(libc::EAGAIN));
@@ -90,10 +105,12 @@ fn launder(volume: &Volume, notifier: &Notifier, searches: &Receiver<Search>) {
     }) = searches.recv()
     {
         drop_pages(notifier, ino);
-        answer_search(
-            reply,
-            volume.seek(ino, offset, what).map_err(|error| error.errno()),
-        );
+        let found = catch_unwind(AssertUnwindSafe(|| volume.seek(ino, offset, what)));
+        let found = found.unwrap_or_else(|_| {
+            tracing::error!(inode = ino.0, "a search for data or holes panicked");
+            Err(Error::Posix(libc::EIO))
+        });
+        answer_search(reply, found.map_err(|error| error.errno()));
     }
 }
 

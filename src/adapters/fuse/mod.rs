@@ -4,9 +4,11 @@ mod convert;
 mod filesystem;
 mod invalidate;
 mod mount;
+mod mountinfo;
 mod negotiate;
 mod reply;
 mod session;
 
-pub use mount::{FILESYSTEM_TYPE, MountFlags, unmount};
-pub use session::{CacheMode, Mounted};
+pub use mount::{MountFlags, unmount};
+pub use mountinfo::{Device, Mount, find, find_device};
+pub use session::{CacheMode, Mounted, Unmounter};

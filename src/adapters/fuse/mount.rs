@@ -15,7 +15,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// The filesystem's type in mountinfo.
-pub const FILESYSTEM_TYPE: &str = "fuse.cmkfs";
+pub(super) const FILESYSTEM_TYPE: &str = "fuse.cmkfs";
 const SUBTYPE: &str = "cmkfs";
 const HELPER: &str = "fusermount3";
 /// fusermount3 sends the device's descriptor through the socket that this variable names.
@@ -93,23 +93,35 @@ fn mount_through_helper(source: &Path, mountpoint: &Path, flags: MountFlags) -> 
             options_bytes.extend_from_slice(option.as_bytes());
         }
     }
-    let output = Command::new(HELPER)
-        .arg("-o")
-        .arg(std::ffi::OsStr::from_bytes(&options_bytes))
-        .arg("--")
-        .arg(mountpoint)
-        .env(HELPER_SOCKET, inherited.as_raw_fd().to_string())
+    run_helper(
+        Command::new(HELPER)
+            .arg("-o")
+            .arg(std::ffi::OsStr::from_bytes(&options_bytes))
+            .arg("--")
+            .arg(mountpoint)
+            .env(HELPER_SOCKET, inherited.as_raw_fd().to_string()),
+    )?;
+    drop((theirs, inherited));
+    receive_descriptor(&ours)
+}
+
+/// Runs fusermount3; its first line says what went wrong. It has no exit status for a busy mount, only these words.
+fn run_helper(command: &mut Command) -> Result<()> {
+    let output = command
+        .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .output()
         .map_err(|error| Error::other(format!("{HELPER}: {error}; install the package fuse3")))?;
-    drop((theirs, inherited));
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(Error::other(
-            said.lines().next().unwrap_or("fusermount3 failed").to_owned(),
-        ));
+    if output.status.success() {
+        return Ok(());
     }
-    receive_descriptor(&ours)
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.contains("Device or resource busy") {
+        return Err(Errno::BUSY.into());
+    }
+    Err(Error::other(
+        said.lines().next().unwrap_or("fusermount3 failed").to_owned(),
+    ))
 }
 
 fn receive_descriptor(socket: &UnixStream) -> Result<OwnedFd> {
@@ -145,19 +157,7 @@ pub fn unmount(mountpoint: &Path, lazily: bool) -> Result<()> {
     match rustix::mount::unmount(mountpoint, flags | UnmountFlags::NOFOLLOW) {
         Err(Errno::PERM) => {
             let how = if lazily { "-uz" } else { "-u" };
-            let output = Command::new(HELPER)
-                .arg(how)
-                .arg("--")
-                .arg(mountpoint)
-                .stdin(Stdio::null())
-                .output()?;
-            if output.status.success() {
-                return Ok(());
-            }
-            let said = String::from_utf8_lossy(&output.stderr);
-            Err(Error::other(
-                said.lines().next().unwrap_or("fusermount3 failed").to_owned(),
-            ))
+            run_helper(Command::new(HELPER).arg(how).arg("--").arg(mountpoint))
         }
         other => Ok(other?),
     }

@@ -3,11 +3,11 @@
 use super::filesystem::CmkFs;
 use super::invalidate::{Laundry, Purger};
 use super::mount::{MountFlags, mount, unmount};
+use super::mountinfo::{self, Device};
 use crate::engine::Volume;
 use fuser::{Config, Session, SessionACL};
 use parking_lot::RwLock;
 use std::io::{Error, Result};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -19,6 +19,8 @@ const LOOPS: usize = 10;
 const READ_AHEAD_KB: &str = "4096";
 /// Dirty pages that the mount may have, in percent of what the whole host may: the default for FUSE is 1.
 const DIRTY_PERCENT: &str = "100";
+/// fusectl: a directory for each connection.
+const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 
 /// What the kernel may cache of content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,15 +28,57 @@ pub enum CacheMode {
     /// Reads and writes go through the page cache, and are written back in the background.
     #[default]
     Writeback,
-    /// Nothing: no plaintext stays in the page cache.
+    /// Nothing that is read or written; what is mapped, programs that run among it, still is.
     None,
 }
 
 /// A mount that is being served.
 pub struct Mounted {
-    mountpoint: PathBuf,
+    place: Unmounter,
     serving: JoinHandle<Result<()>>,
     laundry: Arc<RwLock<Option<Laundry>>>,
+}
+
+/// Ends one mount, and nothing else that may have come to lie on its mount point.
+#[derive(Debug, Clone)]
+pub struct Unmounter {
+    mountpoint: PathBuf,
+    device: Device,
+}
+
+impl Unmounter {
+    fn of(mountpoint: &Path) -> Result<Self> {
+        let mount = mountinfo::find(mountpoint)?.ok_or_else(|| Error::other("it was unmounted at once"))?;
+        Ok(Self {
+            mountpoint: mountpoint.to_owned(),
+            device: mount.device,
+        })
+    }
+
+    /// Unmounts it; with `lazily` a busy mount leaves the tree now and ends when its last user does. False if it is
+    /// not there any more, or lies under another mount.
+    ///
+    /// # Errors
+    /// EBUSY for a busy mount that is not unmounted lazily.
+    pub fn unmount(&self, lazily: bool) -> Result<bool> {
+        match mountinfo::find(&self.mountpoint)? {
+            Some(mount) if mount.device == self.device => unmount(&self.mountpoint, lazily).map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
+    /// Has every request fail, those that wait included: for a mount that nobody serves.
+    fn abort(&self) {
+        let abort = PathBuf::from(CONNECTIONS)
+            .join(self.device.minor.to_string())
+            .join("abort");
+        if let Err(error) = std::fs::write(abort, "1") {
+            tracing::warn!(%error, "the connection of a mount that is not served could not be aborted");
+        }
+        if let Err(error) = self.unmount(true) {
+            tracing::error!(%error, "a mount that is not served could not be undone");
+        }
+    }
 }
 
 impl Mounted {
@@ -50,18 +94,17 @@ impl Mounted {
         cache: CacheMode,
     ) -> Result<Self> {
         let device = mount(source, mountpoint, flags)?;
-        let started = Self::serve(volume, mountpoint, device, cache);
-        if started.is_err()
-            && let Err(error) = unmount(mountpoint, true)
-        {
-            tracing::error!(%error, "a mount that is not served could not be undone");
-        }
-        started
+        let place = Unmounter::of(mountpoint).inspect_err(|_| {
+            if let Err(error) = unmount(mountpoint, true) {
+                tracing::error!(%error, "a mount that is not served could not be undone");
+            }
+        })?;
+        Self::serve(volume, &place, device, cache).inspect_err(|_| place.abort())
     }
 
     fn serve(
         volume: &Arc<Volume>,
-        mountpoint: &Path,
+        place: &Unmounter,
         device: std::os::fd::OwnedFd,
         cache: CacheMode,
     ) -> Result<Self> {
@@ -74,17 +117,28 @@ impl Mounted {
         let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
         volume.set_observer(Arc::new(Purger(session.notifier())));
         *laundry.write() = Some(Laundry::start(Arc::clone(volume), session.notifier())?);
+        let broken = (place.clone(), Arc::clone(volume), Arc::clone(&laundry));
         let serving = std::thread::Builder::new()
             .name("serve".to_owned())
-            .spawn(move || session.run())?;
+            .spawn(move || {
+                session.run().inspect_err(|error| {
+                    tracing::error!(%error, "the session broke off");
+                    let (place, volume, laundry) = &broken;
+                    // The kernel ends a connection when its last descriptor is closed. Where no loop ever began, these hold it.
+                    volume.clear_observer();
+                    *laundry.write() = None;
+                    // Where some did, they go on.
+                    place.abort();
+                })
+            })?;
         let mounted = Self {
-            mountpoint: mountpoint.to_owned(),
+            place: place.clone(),
             serving,
             laundry,
         };
         // Goes through the kernel to our own loops: the mount answers.
-        let device_number = std::fs::metadata(mountpoint)?.dev();
-        tune(device_number);
+        std::fs::metadata(&place.mountpoint)?;
+        tune(place.device);
         Ok(mounted)
     }
 
@@ -102,17 +156,16 @@ impl Mounted {
         ended
     }
 
-    /// Where it is mounted.
+    /// What ends it.
     #[must_use]
-    pub fn mountpoint(&self) -> &Path {
-        &self.mountpoint
+    pub fn unmounter(&self) -> Unmounter {
+        self.place.clone()
     }
 }
 
 /// Lifts limits that the kernel sets for a FUSE mount it does not trust, where that is permitted.
-fn tune(device: u64) {
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let bdi = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}"));
+fn tune(device: Device) {
+    let bdi = PathBuf::from(format!("/sys/class/bdi/{}:{}", device.major, device.minor));
     for (name, value) in [
         ("read_ahead_kb", READ_AHEAD_KB),
         ("strict_limit", "0"),
