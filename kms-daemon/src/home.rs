@@ -128,6 +128,51 @@ impl Home {
     }
 }
 
+/// Bytes kept for revocation on a full disk: the database's logs, written out when it is opened anew, and as much again.
+const RESERVE_BYTES: u64 = 32 << 20;
+
+impl Home {
+    fn reserve(&self) -> PathBuf {
+        self.path.join("reserve")
+    }
+
+    /// Takes the space of the reserve, unless it is there.
+    ///
+    /// # Errors
+    /// ENOSPC among others.
+    pub fn fill_reserve(&self) -> Result<(), HomeError> {
+        let path = self.reserve();
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(HomeError::io(&path))?;
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES)
+            .map_err(|errno| HomeError::io(&path)(errno.into()))
+    }
+
+    /// Gives the space of the reserve back to the host.
+    ///
+    /// # Errors
+    /// [`HomeError::Io`]
+    pub fn release_reserve(&self) -> Result<(), HomeError> {
+        let path = self.reserve();
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(HomeError::io(&path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether there is room for the database to be opened anew without the reserve.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        rustix::fs::statvfs(&self.path)
+            .is_ok_and(|host| host.f_bavail.saturating_mul(host.f_frsize) >= RESERVE_BYTES)
+    }
+}
+
 /// The audit log of a home that need not be locked.
 #[must_use]
 pub fn audit_log(home: &Path) -> PathBuf {

@@ -6,12 +6,13 @@ use hmac::{Hmac, KeyInit, Mac};
 use kms_crypto::{
     CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive,
 };
+use parking_lot::{RwLock, RwLockReadGuard};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
     Direction, IteratorMode, Options, WriteBatch, WriteOptions,
 };
 use sha2::Sha256;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
@@ -30,6 +31,9 @@ pub enum StoreError {
     /// A row is not what was written, or a family is missing.
     #[error("a row of the family '{0}' is damaged, or is another's")]
     Damaged(&'static str),
+    /// It could not be opened again after a failure.
+    #[error("the key store's database is closed after a failure; there may be no room for it")]
+    Closed,
     /// The rows are not those that the manifest was written with.
     #[error("rows were put back, taken away or added behind the daemon's back")]
     RowSet,
@@ -92,12 +96,11 @@ impl RowSet {
 /// A row's key, without the epoch, and its opened value.
 pub type Row = (Vec<u8>, Zeroizing<Vec<u8>>);
 
-/// A row as RocksDB has it: its whole key, and its sealed value.
-type SealedRow = (Box<[u8]>, Box<[u8]>);
-
 /// The sealed rows of one epoch.
 pub struct Store {
-    db: DB,
+    /// None between a failure and the next attempt to open it again.
+    db: RwLock<Option<DB>>,
+    path: PathBuf,
     keystore_id: Uuid,
     epoch: u64,
     metadata: Sealer,
@@ -120,19 +123,9 @@ impl Store {
     ) -> Result<Self, StoreError> {
         let keystore_id = slot.keystore_id();
         let key = |label| derive(root, KeySalt(keystore_id.as_bytes()), label);
-        let families = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.name(), family_options()));
-        let mut options = Options::default();
-        options.create_if_missing(create);
-        options.create_missing_column_families(create);
-        options.set_error_if_exists(create);
-        // What was acknowledged is whole in the log; a torn end is what was not.
-        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-        options.set_max_total_wal_size(WAL_BYTES_MAX);
-        options.set_keep_log_file_num(2);
-        options.set_stats_dump_period_sec(0);
-        options.set_max_open_files(64);
         Ok(Self {
-            db: DB::open_cf_descriptors(&options, path, families)?,
+            db: RwLock::new(Some(open_database(path, create)?)),
+            path: path.to_owned(),
             keystore_id,
             epoch: slot.epoch(),
             metadata: Sealer::new(&key(Label::KeystoreMetadata)),
@@ -169,7 +162,9 @@ impl Store {
     /// [`StoreError::Damaged`] if it is not what was written there.
     pub fn get(&self, table: Table, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, StoreError> {
         let full = self.full_key(key);
-        let value = self.db.get_pinned_cf(self.family(table)?, &full)?;
+        let db = self.database();
+        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        let value = db.get_pinned_cf(family(db, table)?, &full)?;
         value.map(|value| self.unseal(table, &full, &value)).transpose()
     }
 
@@ -178,13 +173,13 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`] if any is not what was written there.
     pub fn scan(&self, table: Table) -> Result<Vec<Row>, StoreError> {
-        self.sealed_rows(table)?
-            .map(|row| {
-                let (full, value) = row?;
-                let plain = self.unseal(table, &full, &value)?;
-                Ok((full.get(8..).unwrap_or_default().to_vec(), plain))
-            })
-            .collect()
+        let mut rows = Vec::new();
+        self.each_row(table, |full, value| {
+            let plain = self.unseal(table, full, value)?;
+            rows.push((full.get(8..).unwrap_or_default().to_vec(), plain));
+            Ok(())
+        })?;
+        Ok(rows)
     }
 
     /// What the counted rows add up to now.
@@ -194,10 +189,10 @@ impl Store {
     pub fn measure(&self) -> Result<RowSet, StoreError> {
         let mut set = RowSet::default();
         for table in Table::COUNTED {
-            for row in self.sealed_rows(table)? {
-                let (full, value) = row?;
-                set.toggle(self.element(table, &full, &value));
-            }
+            self.each_row(table, |full, value| {
+                set.toggle(self.element(table, full, value));
+                Ok(())
+            })?;
         }
         Ok(set)
     }
@@ -212,16 +207,49 @@ impl Store {
         }
     }
 
-    fn sealed_rows(
+    /// Opens the database anew: RocksDB refuses every write after one has failed, even when there is room again.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]; the store is closed then, and may be opened by another attempt.
+    pub fn reopen(&self) -> Result<(), StoreError> {
+        let mut db = self.db.write();
+        // It holds a lock on its directory.
+        drop(db.take());
+        *db = Some(open_database(&self.path, false)?);
+        Ok(())
+    }
+
+    /// Whether it could not be opened again after a failure.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.database().is_none()
+    }
+
+    fn database(&self) -> RwLockReadGuard<'_, Option<DB>> {
+        // Recursive: a change that is being made reads the rows it replaces.
+        self.db.read_recursive()
+    }
+
+    fn each_row(
         &self,
         table: Table,
-    ) -> Result<impl Iterator<Item = Result<SealedRow, rocksdb::Error>> + '_, StoreError> {
+        mut show: impl FnMut(&[u8], &[u8]) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
         let prefix = self.epoch.to_be_bytes();
-        let rows = self.db.iterator_cf(
-            self.family(table)?,
+        let db = self.database();
+        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        let rows = db.iterator_cf(
+            family(db, table)?,
             IteratorMode::From(&prefix, Direction::Forward),
         );
-        Ok(rows.take_while(move |row| row.as_ref().map_or(true, |(key, _)| key.starts_with(&prefix))))
+        for row in rows {
+            let (key, value) = row?;
+            if !key.starts_with(&prefix) {
+                break;
+            }
+            show(&key, &value)?;
+        }
+        Ok(())
     }
 
     fn seal(&self, table: Table, full_key: &[u8], plain: &[u8]) -> Result<Vec<u8>, StoreError> {
@@ -272,12 +300,6 @@ impl Store {
     fn full_key(&self, key: &[u8]) -> Vec<u8> {
         [&self.epoch.to_be_bytes(), key].concat()
     }
-
-    fn family(&self, table: Table) -> Result<&ColumnFamily, StoreError> {
-        self.db
-            .cf_handle(table.name())
-            .ok_or(StoreError::Damaged(table.name()))
-    }
 }
 
 /// Rows that are written together or not at all. A row may be named once only.
@@ -299,7 +321,9 @@ impl Change<'_> {
         if Table::COUNTED.contains(&table) {
             self.delta.toggle(self.store.element(table, &full, &value));
         }
-        self.batch.put_cf(self.store.family(table)?, &full, value);
+        let db = self.store.database();
+        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        self.batch.put_cf(family(db, table)?, &full, value);
         Ok(())
     }
 
@@ -310,7 +334,9 @@ impl Change<'_> {
     pub fn delete(&mut self, table: Table, key: &[u8]) -> Result<(), StoreError> {
         let full = self.store.full_key(key);
         self.forget(table, &full)?;
-        self.batch.delete_cf(self.store.family(table)?, &full);
+        let db = self.store.database();
+        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        self.batch.delete_cf(family(db, table)?, &full);
         Ok(())
     }
 
@@ -320,21 +346,25 @@ impl Change<'_> {
         self.delta
     }
 
-    /// Writes the batch; durable when this returns if `sync`.
+    /// Writes the batch; durable when this returns if `sync`. It may be written again, which changes nothing more.
     ///
     /// # Errors
-    /// [`StoreError::Database`]; RocksDB then refuses every further write until it is opened anew.
-    pub fn commit(self, sync: bool) -> Result<(), StoreError> {
+    /// [`StoreError::Database`]; RocksDB then refuses every further write until [`Store::reopen`].
+    pub fn commit(&self, sync: bool) -> Result<(), StoreError> {
         let mut options = WriteOptions::default();
         options.set_sync(sync);
-        Ok(self.store.db.write_opt(self.batch, &options)?)
+        let db = self.store.database();
+        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        Ok(db.write_opt(WriteBatch::from_data(self.batch.data()), &options)?)
     }
 
     fn forget(&mut self, table: Table, full_key: &[u8]) -> Result<(), StoreError> {
         if !Table::COUNTED.contains(&table) {
             return Ok(());
         }
-        if let Some(old) = self.store.db.get_pinned_cf(self.store.family(table)?, full_key)? {
+        let db = self.store.database();
+        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        if let Some(old) = db.get_pinned_cf(family(db, table)?, full_key)? {
             self.delta.toggle(self.store.element(table, full_key, &old));
         }
         Ok(())
@@ -351,6 +381,26 @@ pub(crate) fn length_prefixed(fields: &[&[u8]]) -> Vec<u8> {
         bytes.extend_from_slice(field);
     }
     bytes
+}
+
+fn family(db: &DB, table: Table) -> Result<&ColumnFamily, StoreError> {
+    db.cf_handle(table.name())
+        .ok_or(StoreError::Damaged(table.name()))
+}
+
+fn open_database(path: &Path, create: bool) -> Result<DB, rocksdb::Error> {
+    let families = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.name(), family_options()));
+    let mut options = Options::default();
+    options.create_if_missing(create);
+    options.create_missing_column_families(create);
+    options.set_error_if_exists(create);
+    // What was acknowledged is whole in the log; a torn end is what was not.
+    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+    options.set_max_total_wal_size(WAL_BYTES_MAX);
+    options.set_keep_log_file_num(2);
+    options.set_stats_dump_period_sec(0);
+    options.set_max_open_files(64);
+    DB::open_cf_descriptors(&options, path, families)
 }
 
 fn prf(key: &SecretKey) -> Result<Hmac<Sha256>, CryptoError> {
@@ -385,17 +435,17 @@ mod tests {
         Store::open(&home.join("db"), &slot, &root, create).unwrap()
     }
 
-    fn raw_copy(store: &Store, from: (Table, &[u8]), to: (Table, &[u8])) {
-        let value = store
-            .db
-            .get_cf(store.family(from.0).unwrap(), store.full_key(from.1));
-        store
-            .db
-            .put_cf(
-                store.family(to.0).unwrap(),
-                store.full_key(to.1),
-                value.unwrap().unwrap(),
-            )
+    fn raw_get(store: &Store, table: Table, key: &[u8]) -> Vec<u8> {
+        let db = store.database();
+        let db = db.as_ref().unwrap();
+        let value = db.get_cf(family(db, table).unwrap(), store.full_key(key));
+        value.unwrap().unwrap()
+    }
+
+    fn raw_put(store: &Store, table: Table, key: &[u8], value: &[u8]) {
+        let db = store.database();
+        let db = db.as_ref().unwrap();
+        db.put_cf(family(db, table).unwrap(), store.full_key(key), value)
             .unwrap();
     }
 
@@ -408,7 +458,7 @@ mod tests {
         change.commit(true).unwrap();
         assert_eq!(store.get(Table::Keys, b"a").unwrap().unwrap().as_slice(), b"row");
         for to in [(Table::Keys, b"b".as_slice()), (Table::Aliases, b"a")] {
-            raw_copy(&store, (Table::Keys, b"a"), to);
+            raw_put(&store, to.0, to.1, &raw_get(&store, Table::Keys, b"a"));
             assert!(matches!(store.get(to.0, to.1), Err(StoreError::Damaged(_))));
         }
     }
@@ -429,11 +479,7 @@ mod tests {
         change.put(Table::Material, b"a", b"material").unwrap();
         change.put(Table::Manifest, b"m", b"not counted").unwrap();
         step(change);
-        let old = store
-            .db
-            .get_cf(store.family(Table::Keys).unwrap(), store.full_key(b"a"))
-            .unwrap()
-            .unwrap();
+        let old = raw_get(&store, Table::Keys, b"a");
         let mut change = store.begin();
         change.put(Table::Keys, b"a", b"disabled").unwrap();
         step(change);
@@ -441,10 +487,7 @@ mod tests {
         change.delete(Table::Material, b"a").unwrap();
         step(change);
 
-        store
-            .db
-            .put_cf(store.family(Table::Keys).unwrap(), store.full_key(b"a"), old)
-            .unwrap();
+        raw_put(&store, Table::Keys, b"a", &old);
         assert_eq!(
             store.get(Table::Keys, b"a").unwrap().unwrap().as_slice(),
             b"enabled"

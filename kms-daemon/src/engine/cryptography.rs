@@ -67,6 +67,10 @@ impl Engine {
         if requests.is_empty() || requests.len() > BATCH_ITEMS_MAX {
             return Err(KmsError::invalid("Items", "must be 1 to 256"));
         }
+        if self.store.is_closed() {
+            // What is in memory may no longer be what was stored.
+            return Err(failed(StoreError::Closed));
+        }
         let ids: Vec<_> = requests
             .iter()
             .map(|request| self.subject(request.action))

@@ -99,8 +99,8 @@ pub struct Engine {
     metrics: Metrics,
     clock: Arc<dyn Clock>,
     started_boot_ms: u64,
-    /// Dropped last: the home stays locked until everything above is closed.
-    _home: Home,
+    /// Dropped last: it stays locked until everything above is closed.
+    home: Home,
 }
 
 /// What is in every ARN.
@@ -211,13 +211,25 @@ impl Engine {
         let record = record.encode_to_vec();
         let durable = self.audit.durable();
         let pending = call.request_id.as_bytes();
-        (|| {
+        let written = (|| {
             change.put(Table::Manifest, MANIFEST_KEY, &next.encode_to_vec())?;
             change.put(Table::Manifest, CHECKPOINT_KEY, &durable.encode_to_vec())?;
             change.put(Table::PendingAudit, pending, &record)?;
-            change.commit(true)
-        })()
-        .map_err(failed)?;
+            change
+                .commit(true)
+                .or_else(|error| self.commit_anew(&change, effect, error))
+        })();
+        if let Err(error) = written {
+            if effect == Effect::Restrictive {
+                // It holds for as long as this daemon runs, though nobody may rely on it beyond.
+                tracing::error!("what was to be taken away is refused in memory alone");
+                manifest.revocation_epoch = next.revocation_epoch;
+                self.revocation_epoch
+                    .store(next.revocation_epoch, Ordering::Release);
+                apply(next.revocation_epoch);
+            }
+            return Err(failed(error));
+        }
         self.checkpoint.store(durable.records, Ordering::Relaxed);
         self.state_seq.store(next.state_seq, Ordering::Release);
         self.revocation_epoch
@@ -236,6 +248,31 @@ impl Engine {
         }
         drop(manifest);
         Ok(())
+    }
+
+    /// Another attempt, in a database that was opened anew. For what takes something away the reserve is given up.
+    fn commit_anew(&self, change: &Change<'_>, effect: Effect, error: StoreError) -> Result<(), StoreError> {
+        tracing::error!(%error, "the key store failed; opening it anew");
+        if effect == Effect::Other {
+            // The reserve is not for this, and without room the database would only be closed.
+            if !self.home.has_room() {
+                return Err(error);
+            }
+        } else if let Err(error) = self.home.release_reserve() {
+            tracing::error!(%error, "the reserve stays where it is");
+        }
+        self.store.reopen()?;
+        change.commit(true)?;
+        if effect == Effect::Other {
+            self.fill_reserve();
+        }
+        Ok(())
+    }
+
+    fn fill_reserve(&self) {
+        if let Err(error) = self.home.fill_reserve() {
+            tracing::warn!(%error, "there is no reserve: a full disk could keep keys from being disabled");
+        }
     }
 
     fn forget_pending(&self, key: &[u8]) {

@@ -136,7 +136,16 @@ impl Engine {
         let slot = FileRootSlot::open(&home.slot(epoch), epoch)?;
         let root = open_root(&home.root(epoch), &slot)?;
         tracing::info!(epoch, erasure = ?slot.erasure(), "root slot opened");
-        let store = Store::open(&home.database(), &slot, &root, false)?;
+        let open = || Store::open(&home.database(), &slot, &root, false);
+        let store = open().or_else(|error| {
+            if home.has_room() {
+                return Err(OpenError::from(error));
+            }
+            // What its log holds is written out now. A kmsd that does not start disables nothing.
+            tracing::warn!(%error, "there is no room to open the key store; giving up the reserve");
+            home.release_reserve()?;
+            Ok(open()?)
+        })?;
         drop(root);
 
         let mut manifest: ManifestRow = decode(&store, MANIFEST_KEY)?;
@@ -168,7 +177,7 @@ impl Engine {
             test_clock = manifest.test_clock,
             "keystore opened"
         );
-        Ok(Self {
+        let engine = Self {
             node: Node {
                 region: manifest.region.clone(),
                 account: manifest.account.clone(),
@@ -189,8 +198,10 @@ impl Engine {
             clock,
             store,
             audit,
-            _home: home,
-        })
+            home,
+        };
+        engine.fill_reserve();
+        Ok(engine)
     }
 }
 

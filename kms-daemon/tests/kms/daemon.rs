@@ -190,3 +190,86 @@ fn a_stranger_is_refused_and_cannot_fill_the_log() {
     // What was not recorded one by one is recorded as a number at the end.
     assert_eq!(kms.verify().unwrap()["Records"].as_u64().unwrap(), after + 2);
 }
+
+/// Takes all the room that is left below a directory.
+fn fill(directory: &std::path::Path) -> std::path::PathBuf {
+    let path = directory.join("fill");
+    let mut length = 1 << 20;
+    while length >= 512 {
+        let mut file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .unwrap();
+        if std::io::Write::write_all(&mut file, &vec![7; length]).is_err() {
+            length /= 2;
+        }
+    }
+    path
+}
+
+#[test]
+fn a_key_is_disabled_on_a_full_disk_and_service_resumes_when_there_is_room() {
+    let mut kms = Kms::confined(48 << 20);
+    let (key, other) = (kms.create_key(), kms.create_key());
+    let blob = kms.encrypt(&other, &base64(b"plain"), "{}");
+    let filling = fill(&kms.home());
+    let client = kms.client();
+    let create = || {
+        let request = kms_api::proto::CreateKeyRequest::default();
+        client.call(|mut kms| async move { kms.create_key(request).await })
+    };
+    // Changes go on for as long as the database finds room in what it has.
+    assert!((0..5000).any(|_| create().is_err()), "the disk is not full");
+    kms.ctl(&["disable-key", "--key-id", &key]).unwrap();
+
+    std::fs::remove_file(filling).unwrap();
+    assert_eq!(kms.state(&key), "Disabled");
+    assert_eq!(
+        kms.code(&["encrypt", "--key-id", &key, "--plaintext", "AAAA"]),
+        "Rejected.Disabled"
+    );
+    assert_eq!(kms.decrypt(&blob, "{}").unwrap(), base64(b"plain"));
+    kms.create_key();
+    kms.ctl(&["enable-key", "--key-id", &key]).unwrap();
+    kms.ctl(&["disable-key", "--key-id", &key]).unwrap();
+    drop(client);
+    kms.restart();
+    assert_eq!(kms.state(&key), "Disabled");
+    assert_eq!(kms.state(&other), "Enabled");
+    kms.verify().unwrap();
+}
+
+#[test]
+fn a_daemon_that_was_killed_on_a_full_disk_starts_on_it_and_disables_keys() {
+    let mut kms = Kms::confined(48 << 20);
+    let key = kms.create_key();
+    for _ in 0..50 {
+        kms.create_key();
+    }
+    kms.kill();
+    let filling = fill(&kms.home());
+    kms.serve(&[]);
+    kms.ctl(&["disable-key", "--key-id", &key]).unwrap();
+    kms.kill();
+    std::fs::remove_file(filling).unwrap();
+    kms.serve(&[]);
+    assert_eq!(kms.state(&key), "Disabled");
+}
+
+#[test]
+fn a_log_that_cannot_be_written_ends_no_call() {
+    let mut kms = Kms::initialized(&[]);
+    let (reader, log) = std::io::pipe().unwrap();
+    drop(reader);
+    kms.serve_logging(log.into());
+    let key = kms.create_key();
+    let aside = kms.home().join("aside");
+    std::fs::rename(kms.log(), &aside).unwrap();
+    // Each is worth a line in the log, written by the thread that writes the audit log.
+    for _ in 0..3 {
+        assert_eq!(kms.code(&["list-keys"]), "ServiceUnavailable");
+    }
+    std::fs::rename(&aside, kms.log()).unwrap();
+    assert_eq!(kms.state(&key), "Enabled");
+}

@@ -18,6 +18,8 @@ pub const KMSCTL: &str = env!("CARGO_BIN_EXE_kmsctl");
 pub struct Kms {
     directory: TempDir,
     daemon: Option<Child>,
+    /// Whether the home is a mount of its own.
+    tmpfs: bool,
 }
 
 impl Kms {
@@ -33,11 +35,36 @@ impl Kms {
         let kms = Self {
             directory: tempfile::tempdir().unwrap(),
             daemon: None,
+            tmpfs: false,
         };
-        let mut init = Command::new(KMSD);
-        init.arg("init").arg("--home").arg(kms.home()).args(arguments);
-        assert!(init.status().unwrap().success());
+        kms.init(arguments);
         kms
+    }
+
+    /// A new keystore, served, on a filesystem of its own with so many bytes.
+    pub fn confined(bytes: u64) -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "this test mounts a small tmpfs: run it as root"
+        );
+        let mut kms = Self {
+            directory: tempfile::tempdir().unwrap(),
+            daemon: None,
+            tmpfs: true,
+        };
+        std::fs::create_dir(kms.home()).unwrap();
+        let options = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", kms.home(), "tmpfs", flags, Some(options.as_c_str())).unwrap();
+        kms.init(&[]);
+        kms.serve(&[]);
+        kms
+    }
+
+    fn init(&self, arguments: &[&str]) {
+        let mut init = Command::new(KMSD);
+        init.arg("init").arg("--home").arg(self.home()).args(arguments);
+        assert!(init.status().unwrap().success());
     }
 
     /// A keystore that is a copy of `home`, that nobody serves yet.
@@ -45,6 +72,7 @@ impl Kms {
         let kms = Self {
             directory: tempfile::tempdir().unwrap(),
             daemon: None,
+            tmpfs: false,
         };
         copy(home, &kms.home());
         kms
@@ -64,7 +92,18 @@ impl Kms {
 
     /// Serves the keystore; returns when the ready line was read.
     pub fn serve(&mut self, arguments: &[&str]) {
-        let mut daemon = self.command(arguments).stdout(Stdio::piped()).spawn().unwrap();
+        self.start_daemon(self.command(arguments));
+    }
+
+    /// The same, logging to whatever `log` is.
+    pub fn serve_logging(&mut self, log: Stdio) {
+        let mut command = self.command(&[]);
+        command.stderr(log);
+        self.start_daemon(command);
+    }
+
+    fn start_daemon(&mut self, mut command: Command) {
+        let mut daemon = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         let mut out = BufReader::new(daemon.stdout.take().unwrap());
         out.read_line(&mut line).unwrap();
@@ -178,6 +217,9 @@ impl Drop for Kms {
         } else if let Some(mut daemon) = self.daemon.take() {
             let _ = daemon.kill();
             let _ = daemon.wait();
+        }
+        if self.tmpfs {
+            let _ = rustix::mount::unmount(self.home(), rustix::mount::UnmountFlags::DETACH);
         }
     }
 }
