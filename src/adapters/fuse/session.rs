@@ -8,6 +8,7 @@ use crate::engine::Volume;
 use fuser::{Config, Session, SessionACL};
 use parking_lot::RwLock;
 use std::io::{Error, Result};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -136,8 +137,16 @@ impl Mounted {
             serving,
             laundry,
         };
-        // Goes through the kernel to our own loops: the mount answers.
-        std::fs::metadata(&place.mountpoint)?;
+        // Goes through the kernel to our own loops: the mount answers. If they never began it was undone, and what lay below
+        // answers instead.
+        let answered = std::fs::metadata(&place.mountpoint)?.dev();
+        let answered = Device {
+            major: rustix::fs::major(answered),
+            minor: rustix::fs::minor(answered),
+        };
+        if answered != place.device {
+            return Err(Error::other("the session broke off at once; see the log"));
+        }
         tune(place.device);
         Ok(mounted)
     }
