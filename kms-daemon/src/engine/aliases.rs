@@ -1,9 +1,9 @@
 //! Aliases: names of keys, which can be moved.
 
 use super::call::{Call, Trail};
-use super::{Effect, Engine, failed};
+use super::{Effect, Engine};
 use crate::rows::AliasRow;
-use crate::store::Table;
+use crate::store::{Change, Table};
 use kms_api::{Code, KmsError};
 use prost::Message;
 use uuid::Uuid;
@@ -86,11 +86,9 @@ impl Engine {
         if let Ok(id) = Uuid::from_slice(&row.key_id) {
             trail.note(self.arn(id));
         }
-        let mut change = self.store.begin();
-        change
-            .delete(Table::Aliases, &self.store.hidden_name(alias))
-            .map_err(failed)?;
-        self.commit(call, trail, change, Effect::Other, |_| {})?;
+        let name = self.store.hidden_name(alias);
+        let build = |change: &mut Change<'_>| change.delete(Table::Aliases, &name);
+        self.commit(call, trail, Effect::Other, build, |_| {})?;
         aliases.remove(alias);
         Ok(())
     }
@@ -124,15 +122,9 @@ impl Engine {
     }
 
     fn write_alias(&self, call: &Call, trail: &mut Trail, row: &AliasRow) -> Result<(), KmsError> {
-        let mut change = self.store.begin();
-        change
-            .put(
-                Table::Aliases,
-                &self.store.hidden_name(&row.name),
-                &row.encode_to_vec(),
-            )
-            .map_err(failed)?;
-        self.commit(call, trail, change, Effect::Other, |_| {})
+        let name = self.store.hidden_name(&row.name);
+        let build = |change: &mut Change<'_>| change.put(Table::Aliases, &name, &row.encode_to_vec());
+        self.commit(call, trail, Effect::Other, build, |_| {})
     }
 }
 

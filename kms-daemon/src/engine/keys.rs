@@ -1,9 +1,9 @@
 //! Keys: their making, their states, and how callers name them.
 
 use super::call::{Call, KeyGuard, Trail};
-use super::{Effect, Engine, KeyEvent, KeyLock, failed, fresh_uuid, internal};
+use super::{Effect, Engine, KeyEvent, KeyLock, fresh_uuid, internal};
 use crate::rows::{KeyRow, VersionRow};
-use crate::store::Table;
+use crate::store::{Change, Table};
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
 use kms_crypto::SecretKey;
@@ -75,18 +75,13 @@ impl Engine {
             return Err(KmsError::new(Code::LimitExceeded, message));
         }
         let material = SecretKey::generate().map_err(|_| internal())?;
-        let mut change = self.store.begin();
-        (|| {
+        let build = |change: &mut Change<'_>| {
             change.put(Table::Keys, key_id.as_bytes(), &row.encode_to_vec())?;
-            change.put(
-                Table::Material,
-                &material_key(key_id, version_id),
-                material.expose(),
-            )
-        })()
-        .map_err(failed)?;
+            let name = material_key(key_id, version_id);
+            change.put(Table::Material, &name, material.expose())
+        };
         trail.note(self.arn(key_id));
-        self.commit(call, trail, change, Effect::Other, |_| {
+        self.commit(call, trail, Effect::Other, build, |_| {
             let lock = Arc::new(RwLock::new(row.clone()));
             self.keys.write().insert(key_id, lock);
         })?;
@@ -203,19 +198,27 @@ impl Engine {
         let lock = self.lock_of(id)?;
         let mut row = lock.write();
         let mut next = row.clone();
-        if !step(&mut next)? {
-            if effect == Effect::Restrictive {
-                self.commit(call, trail, self.store.begin(), Effect::Repeated, |_| {})?;
-            }
+        let put = |row: &KeyRow| {
+            let row = row.encode_to_vec();
+            move |change: &mut Change<'_>| change.put(Table::Keys, id.as_bytes(), &row)
+        };
+        let is_change = step(&mut next);
+        // What was taken away before in memory alone is made to last before anybody is told that it is so already.
+        let is_repeated = effect == Effect::Restrictive && is_change == Ok(false);
+        if is_repeated || (is_change.is_err() && self.unstored.lock().contains(&id)) {
+            self.commit(call, trail, Effect::Repeated, put(&row), |_| {})?;
+            self.unstored.lock().remove(&id);
+        }
+        if !is_change? {
             return Ok(next);
         }
         next.revision += 1;
-        let mut change = self.store.begin();
-        change
-            .put(Table::Keys, id.as_bytes(), &next.encode_to_vec())
-            .map_err(failed)?;
         let state = next.state();
-        self.commit(call, trail, change, effect, |revocation_epoch| {
+        let build = put(&next);
+        if effect == Effect::Restrictive {
+            self.unstored.lock().insert(id);
+        }
+        self.commit(call, trail, effect, build, |revocation_epoch| {
             *row = next;
             if state != KeyState::Enabled {
                 self.drop_materials(id);
@@ -227,6 +230,7 @@ impl Engine {
                 revocation_epoch,
             });
         })?;
+        self.unstored.lock().remove(&id);
         Ok(row.clone())
     }
 

@@ -38,10 +38,10 @@ use parking_lot::{Mutex, RwLock};
 use prost::Message;
 use refusals::Refusals;
 use sessions::Sessions;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
@@ -99,6 +99,9 @@ pub struct Engine {
     metrics: Metrics,
     clock: Arc<dyn Clock>,
     started_boot_ms: u64,
+    /// Keys whose state in memory takes more away than what is stored.
+    unstored: Mutex<BTreeSet<Uuid>>,
+    lacks_reserve: AtomicBool,
     /// Dropped last: it stays locked until everything above is closed.
     home: Home,
 }
@@ -108,6 +111,15 @@ pub struct Engine {
 struct Node {
     region: String,
     account: String,
+}
+
+/// A change that is durable.
+struct Written {
+    next: ManifestRow,
+    /// Records in the log, as the checkpoint in the batch has it.
+    records: u64,
+    /// The call's own.
+    record: Vec<u8>,
 }
 
 /// The counters that GetMetrics answers.
@@ -185,52 +197,49 @@ impl Engine {
         Ok(())
     }
 
-    /// Commits a change together with the manifest, the checkpoint and the call's own record, in one synced batch; then
-    /// appends the record to the log. The caller holds the lock of what it changes. `apply` puts the change into memory and
-    /// is told the revocation epoch; changes are applied in the order of their epochs.
+    /// Commits what `build` puts into a batch together with the manifest, the checkpoint and the call's own record, synced;
+    /// then appends the record to the log. The caller holds the lock of what it changes. `apply` puts the change into
+    /// memory and is told the revocation epoch; changes are applied in the order of their epochs.
     ///
     /// What takes something away needs no log: its record waits in the batch until there is one again. Everything else is
-    /// refused without.
+    /// refused without. And if it cannot be stored, it still holds for as long as this daemon runs, though the caller is
+    /// told that it failed.
     fn commit(
         &self,
         call: &Call,
         trail: &mut Trail,
-        mut change: Change<'_>,
         effect: Effect,
+        build: impl Fn(&mut Change<'_>) -> Result<(), StoreError>,
         apply: impl FnOnce(u64),
     ) -> Result<(), KmsError> {
         if effect == Effect::Other {
             self.audit.probe().map_err(unrecorded)?;
         }
         let mut manifest = self.manifest.lock();
-        let next = next_manifest(&manifest, change.delta(), effect);
-        let record = Record {
-            revision: next.revision,
-            ..call.record(self.clock.now_ms(), trail, None)
-        };
-        let record = record.encode_to_vec();
-        let durable = self.audit.durable();
-        let pending = call.request_id.as_bytes();
-        let written = (|| {
-            change.put(Table::Manifest, MANIFEST_KEY, &next.encode_to_vec())?;
-            change.put(Table::Manifest, CHECKPOINT_KEY, &durable.encode_to_vec())?;
-            change.put(Table::PendingAudit, pending, &record)?;
-            change
-                .commit(true)
-                .or_else(|error| self.commit_anew(&change, effect, error))
-        })();
-        if let Err(error) = written {
-            if effect == Effect::Restrictive {
-                // It holds for as long as this daemon runs, though nobody may rely on it beyond.
-                tracing::error!("what was to be taken away is refused in memory alone");
-                manifest.revocation_epoch = next.revocation_epoch;
-                self.revocation_epoch
-                    .store(next.revocation_epoch, Ordering::Release);
-                apply(next.revocation_epoch);
-            }
-            return Err(failed(error));
+        let mut written = self.write_change(call, trail, &manifest, effect, &build);
+        if let Err(error) = &written
+            && self.recover(effect, error, &mut manifest)
+        {
+            written = self.write_change(call, trail, &manifest, effect, &build);
         }
-        self.checkpoint.store(durable.records, Ordering::Relaxed);
+        let Written {
+            next,
+            records,
+            record,
+        } = match written {
+            Ok(written) => written,
+            Err(error) => {
+                if effect == Effect::Restrictive {
+                    tracing::error!("what was to be taken away is refused in memory alone");
+                    manifest.revocation_epoch += 1;
+                    self.revocation_epoch
+                        .store(manifest.revocation_epoch, Ordering::Release);
+                    apply(manifest.revocation_epoch);
+                }
+                return Err(failed(error));
+            }
+        };
+        self.checkpoint.store(records, Ordering::Relaxed);
         self.state_seq.store(next.state_seq, Ordering::Release);
         self.revocation_epoch
             .store(next.revocation_epoch, Ordering::Release);
@@ -241,36 +250,89 @@ impl Engine {
         // the next start, and is no reason to tell the caller that nothing happened.
         trail.recorded = true;
         match self.audit.append(record) {
-            Ok(()) => self.forget_pending(pending),
+            Ok(()) => self.forget_pending(call.request_id.as_bytes()),
             Err(error) => {
                 tracing::error!(%error, "a change's record waits in the key store for the next start")
             }
+        }
+        if self.lacks_reserve.load(Ordering::Relaxed) && self.home.has_room() {
+            self.fill_reserve();
         }
         drop(manifest);
         Ok(())
     }
 
-    /// Another attempt, in a database that was opened anew. For what takes something away the reserve is given up.
-    fn commit_anew(&self, change: &Change<'_>, effect: Effect, error: StoreError) -> Result<(), StoreError> {
+    fn write_change(
+        &self,
+        call: &Call,
+        trail: &Trail,
+        manifest: &ManifestRow,
+        effect: Effect,
+        build: impl Fn(&mut Change<'_>) -> Result<(), StoreError>,
+    ) -> Result<Written, StoreError> {
+        let mut change = self.store.begin();
+        build(&mut change)?;
+        let next = next_manifest(manifest, change.delta(), effect);
+        let record = Record {
+            revision: next.revision,
+            ..call.record(self.clock.now_ms(), trail, None)
+        };
+        let record = record.encode_to_vec();
+        let durable = self.audit.durable();
+        change.put(Table::Manifest, MANIFEST_KEY, &next.encode_to_vec())?;
+        change.put(Table::Manifest, CHECKPOINT_KEY, &durable.encode_to_vec())?;
+        change.put(Table::PendingAudit, call.request_id.as_bytes(), &record)?;
+        change.commit(true)?;
+        Ok(Written {
+            next,
+            records: durable.records,
+            record,
+        })
+    }
+
+    /// Opens the database anew after a failure; whether another attempt is worth it. For what takes something away the
+    /// reserve is given up.
+    ///
+    /// A batch whose sync failed may be whole in the database's log, and comes back now: a change whose caller was told
+    /// that it failed. Its rows are the manifest's that came with it, so that one counts. Memory goes on without them
+    /// until the next start, which logs the record that came with them, too.
+    fn recover(&self, effect: Effect, error: &StoreError, manifest: &mut ManifestRow) -> bool {
         tracing::error!(%error, "the key store failed; opening it anew");
         if effect == Effect::Other {
             // The reserve is not for this, and without room the database would only be closed.
             if !self.home.has_room() {
-                return Err(error);
+                return false;
             }
-        } else if let Err(error) = self.home.release_reserve() {
-            tracing::error!(%error, "the reserve stays where it is");
+        } else {
+            self.lacks_reserve.store(true, Ordering::Relaxed);
+            if let Err(error) = self.home.release_reserve() {
+                tracing::error!(%error, "the reserve stays where it is");
+            }
         }
-        self.store.reopen()?;
-        change.commit(true)?;
-        if effect == Effect::Other {
-            self.fill_reserve();
+        let stored = self
+            .store
+            .reopen()
+            .and_then(|()| open::decode::<ManifestRow>(&self.store, MANIFEST_KEY));
+        match stored {
+            Ok(stored) => {
+                let revocation_epoch = stored.revocation_epoch.max(manifest.revocation_epoch);
+                *manifest = ManifestRow {
+                    revocation_epoch,
+                    ..stored
+                };
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "the key store cannot be opened; the next change tries again");
+                false
+            }
         }
-        Ok(())
     }
 
     fn fill_reserve(&self) {
-        if let Err(error) = self.home.fill_reserve() {
+        let filled = self.home.fill_reserve();
+        self.lacks_reserve.store(filled.is_err(), Ordering::Relaxed);
+        if let Err(error) = filled {
             tracing::warn!(%error, "there is no reserve: a full disk could keep keys from being disabled");
         }
     }

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
@@ -195,6 +195,8 @@ impl Engine {
             events: broadcast::Sender::new(EVENT_BACKLOG),
             metrics: Metrics::default(),
             started_boot_ms: clock.boot_ms(),
+            unstored: Mutex::default(),
+            lacks_reserve: AtomicBool::new(false),
             clock,
             store,
             audit,
@@ -232,7 +234,7 @@ pub(super) fn row_set(manifest: &ManifestRow) -> RowSet {
     RowSet(manifest.row_set.as_slice().try_into().unwrap_or([0xff; 32]))
 }
 
-fn decode<M: Message + Default>(store: &Store, key: &[u8]) -> Result<M, StoreError> {
+pub(super) fn decode<M: Message + Default>(store: &Store, key: &[u8]) -> Result<M, StoreError> {
     let damaged = || StoreError::Damaged("manifest");
     let plain = store.get(Table::Manifest, key)?.ok_or_else(damaged)?;
     M::decode(plain.as_slice()).map_err(|_| damaged())

@@ -1,7 +1,7 @@
 //! The daemon as a process: its home, its socket, its end.
 
 use crate::fixture::{KMSCTL, KMSD, Kms, base64, holds, outcome};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -231,13 +231,54 @@ fn a_key_is_disabled_on_a_full_disk_and_service_resumes_when_there_is_room() {
     );
     assert_eq!(kms.decrypt(&blob, "{}").unwrap(), base64(b"plain"));
     kms.create_key();
-    kms.ctl(&["enable-key", "--key-id", &key]).unwrap();
-    kms.ctl(&["disable-key", "--key-id", &key]).unwrap();
+    // And the next time: the reserve is there again.
+    let reserve = std::fs::metadata(kms.home().join("reserve")).unwrap();
+    assert!(reserve.len() > 0 && reserve.blocks() * 512 >= reserve.len());
+    let filling = fill(&kms.home());
+    kms.ctl(&["disable-key", "--key-id", &other]).unwrap();
+    std::fs::remove_file(filling).unwrap();
     drop(client);
     kms.restart();
     assert_eq!(kms.state(&key), "Disabled");
-    assert_eq!(kms.state(&other), "Enabled");
+    assert_eq!(kms.state(&other), "Disabled");
     kms.verify().unwrap();
+}
+
+#[test]
+fn a_key_that_cannot_be_disabled_for_good_is_refused_for_now_and_the_next_attempt_makes_it_last() {
+    for operation in [
+        vec!["disable-key"],
+        vec!["schedule-key-deletion", "--pending-window-in-days", "7"],
+    ] {
+        let mut kms = Kms::confined(48 << 20);
+        let key = kms.create_key();
+        let arguments = [operation.clone(), vec!["--key-id", &key]].concat();
+        std::fs::remove_file(kms.home().join("reserve")).unwrap();
+        let filling = fill(&kms.home());
+        let client = kms.client();
+        let create = || {
+            let request = kms_api::proto::CreateKeyRequest::default();
+            client.call(|mut kms| async move { kms.create_key(request).await })
+        };
+        assert!((0..5000).any(|_| create().is_err()), "the disk is not full");
+        // Nor can it be opened anew.
+        let (database, aside) = (kms.home().join("db"), kms.home().join("aside"));
+        std::fs::rename(&database, &aside).unwrap();
+        assert!(kms.ctl(&arguments).is_err());
+        drop(client);
+        assert_ne!(kms.state(&key), "Enabled");
+
+        std::fs::rename(&aside, &database).unwrap();
+        std::fs::remove_file(filling).unwrap();
+        assert_ne!(kms.state(&key), "Enabled");
+        let again = kms.ctl(&arguments);
+        // The one is repeated, the other refused because it is so already: in either case it is stored.
+        let already = "Rejected.PendingDeletion";
+        assert!(again.is_ok() || again.unwrap_err().starts_with(already));
+        kms.kill();
+        kms.serve(&[]);
+        assert_ne!(kms.state(&key), "Enabled");
+    }
 }
 
 #[test]

@@ -184,7 +184,7 @@ impl Item<'_> {
         base64_decode(&self.text(field)?).ok_or_else(|| self.wrong(field, "base64"))
     }
 
-    /// A number, 0 if it is left out.
+    /// A number, if it is there.
     pub(crate) fn number(&self, field: &str) -> Result<Option<u32>, String> {
         let Some(value) = self.fields.get(field) else {
             return Ok(None);
