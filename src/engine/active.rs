@@ -36,6 +36,11 @@ impl Active {
         self.nodes.lock().get(&ino).map(Arc::clone)
     }
 
+    /// Every active node, for a caller under whom no revocation can replace them.
+    pub(crate) fn nodes(&self) -> Vec<Arc<Node>> {
+        self.nodes.lock().values().cloned().collect()
+    }
+
     pub(crate) fn inodes(&self) -> Vec<Ino> {
         self.nodes.lock().keys().copied().collect()
     }

@@ -324,13 +324,14 @@ impl Access<'_> {
         let last = state.record.content.size / BLOCK_U64;
         let last_before = self.block_at(node, state, last)?;
         let (placed, stopped) = self.place_all(node, state, first, &incoming.buffer, &sealed, small);
-        let mut reached = (first + placed as u64).saturating_mul(BLOCK_U64).min(end);
-        if stopped.is_some() && self.block_at(node, state, last)? != last_before {
-            // The file's last block was taken in though others before it were not: so is its end.
-            reached = reached.max((last + 1).saturating_mul(BLOCK_U64).min(end));
-        }
+        let reached = (first + placed as u64).saturating_mul(BLOCK_U64).min(end);
         if placed > 0 || stopped.is_some() {
-            state.record.content.size = state.record.content.size.max(reached);
+            let mut size = state.record.content.size.max(reached);
+            if stopped.is_some() && self.block_at(node, state, last)? != last_before {
+                // The file's last block was taken in though others before it were not: so is its end.
+                size = size.max((last + 1).saturating_mul(BLOCK_U64).min(end));
+            }
+            state.record.content.size = size;
             state.file.dirty = true;
             state.file.written = Some(self.clock.monotonic());
             self.active.add(node, state);

@@ -7,7 +7,7 @@
 use super::commit::Batch;
 use super::content::slot_offset;
 use super::core::Access;
-use super::error::Result;
+use super::error::{Error, Result};
 use super::format::chunk::{BLOCK, Block, CHUNK_BLOCKS, Chunk};
 use super::format::rowkey;
 use super::node::{Node, NodeState, slot_mask};
@@ -77,10 +77,23 @@ impl Access<'_> {
             .last()
             .filter(|_| group.len() == GROUP_CHUNKS_MAX)
             .map(|last| last + 1);
-        let mut copied = Vec::new();
+        let mut copied: Vec<Copied> = Vec::new();
         for index in group {
-            if !state.file.pending.contains_key(&index) {
-                copied.extend(self.copy_chunk(node, state, index)?);
+            if state.file.pending.contains_key(&index) {
+                continue;
+            }
+            match self.copy_chunk(node, state, index) {
+                Ok(chunk) => copied.extend(chunk),
+                Err(error @ Error::Corrupt { .. }) => {
+                    tracing::error!(inode = node.ino.0, %error, "a chunk is not drained");
+                    state.file.drainable.remove(&index);
+                }
+                Err(error) => {
+                    for run in copied.iter().filter_map(|copy| copy.taken) {
+                        self.return_run(node, state, run);
+                    }
+                    return Err(error);
+                }
             }
         }
         Ok((copied, next))
@@ -132,7 +145,7 @@ impl Access<'_> {
             .into_iter()
             .partition(|copy| state.file.pending.contains_key(&copy.index));
         for run in overtaken.iter().filter_map(|copy| copy.taken) {
-            state.file.runs.give_back(run);
+            self.return_run(node, state, run);
         }
         if adopted.is_empty() {
             return Ok(());

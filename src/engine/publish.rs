@@ -148,11 +148,13 @@ impl Access<'_> {
     /// Forgets the pending chunks of a change that is not to be, and gives back the runs that they took.
     fn discard_pending(&self, node: &Arc<Node>, state: &mut NodeState) {
         for (index, discarded) in self.take_pending(state) {
+            // What cannot be read is taken to name the run: a leak is the safe side.
             let published = self.published_chunk(node, state, index).map(|chunk| chunk.run);
-            let Some(run) = discarded.chunk.run.filter(|run| published != Ok(Some(*run))) else {
-                continue;
-            };
-            self.return_run(node, state, run);
+            if let (Some(run), Ok(published)) = (discarded.chunk.run, published)
+                && published != Some(run)
+            {
+                self.return_run(node, state, run);
+            }
         }
     }
 

@@ -104,12 +104,7 @@ impl Access<'_> {
     /// Publishes what came in until the last operation ended, and makes it durable: what waits for that is forgotten.
     fn publish_rest(&self) -> Result<()> {
         let mut outcome = Ok(());
-        for node in self
-            .active
-            .inodes()
-            .into_iter()
-            .filter_map(|ino| self.active.get(ino))
-        {
+        for node in self.active.nodes() {
             outcome = outcome.and(self.publish(&node).inspect_err(|_| {
                 // What it held goes with its node.
                 self.poisoned.lock().insert(node.ino);
@@ -117,12 +112,7 @@ impl Access<'_> {
         }
         outcome = outcome.and(self.committer.sync_to(self.committer.committed()));
         // What waits for that is forgotten, too, and would be a leak.
-        for node in self
-            .active
-            .inodes()
-            .into_iter()
-            .filter_map(|ino| self.active.get(ino))
-        {
+        for node in self.active.nodes() {
             outcome = outcome.and(self.settle(&node).map(|_| ()));
         }
         outcome
@@ -231,21 +221,17 @@ impl Core {
 
     /// -> dark without an attempt to store anything more.
     fn shut(&self) {
-        self.keyring.go_dark(KeyState::Unreachable, |_| {
-            // What a commit freed may be written again by the nodes that come after these: not before it is durable.
-            if let Err(error) = self.committer.sync_to(self.committer.committed()) {
-                tracing::error!(%error, "content written before is lost");
+        self.keyring.go_dark(KeyState::Unreachable, |_| ());
+        // What a commit freed may be written again by the nodes that come after these: not before it is durable.
+        if let Err(error) = self.committer.sync_to(self.committer.committed()) {
+            tracing::error!(%error, "content written before is lost");
+        }
+        for node in self.active.nodes() {
+            let state = node.state.read();
+            if state.file.dirty || !state.file.pending.is_empty() {
+                self.poisoned.lock().insert(node.ino);
             }
-            let nodes = self
-                .active
-                .inodes()
-                .into_iter()
-                .filter_map(|ino| self.active.get(ino));
-            let losing = nodes
-                .filter(|node| node.state.read().file.dirty)
-                .map(|node| node.ino);
-            self.poisoned.lock().extend(losing);
-        });
+        }
         self.forget_secrets();
     }
 

@@ -120,6 +120,29 @@ fn a_write_that_fails_half_way_leaves_each_block_in_one_of_its_versions() {
 }
 
 #[test]
+fn a_short_write_counts_no_block_behind_one_that_was_refused() {
+    let cramped = Cramped::new();
+    let volume = cramped.fixture.open();
+    let ino = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    let block = |number: u64| number * 4096;
+    let old = noise(1, 50 * 4096);
+    // Chunk 1: blocks 32 to 40 are published, block 41 is not, and is the last.
+    volume.write(ino, 0, &old[..41 * 4096]).unwrap();
+    volume.fsync(ino).unwrap();
+    volume
+        .write(ino, block(41), &old[41 * 4096..42 * 4096 - 96])
+        .unwrap();
+    let fill = cramped.fill();
+    let new = noise(2, 20 * 4096);
+    let count = volume.write(ino, block(31), &new).unwrap();
+    let got = content(&volume, ino).unwrap();
+    let from = 31 * 4096;
+    assert!(count < new.len() && got[from..from + count] == new[..count]);
+    std::fs::remove_file(fill).unwrap();
+    volume.close().unwrap();
+}
+
+#[test]
 fn an_allocation_that_finds_no_room_takes_none() {
     let cramped = Cramped::new();
     let volume = cramped.fixture.open();

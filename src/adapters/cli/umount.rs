@@ -1,7 +1,7 @@
 //! `cmkfs umount`
 
 use super::{Failure, UmountArguments, complain};
-use crate::adapters::fuse::{Mount, find, find_device, unmount};
+use crate::adapters::fuse::{Mount, find, find_other, unmount};
 use rustix::fs::FlockOperation;
 use std::fs::File;
 use std::path::Path;
@@ -29,7 +29,7 @@ pub(super) fn run(arguments: &UmountArguments) -> Result<(), Failure> {
         ),
         _ => format!("cannot unmount {}: {error}", path.display()),
     })?;
-    if let Some(other) = find_device(mount.device).map_err(unreadable)? {
+    if let Some(other) = find_other(&mount).map_err(unreadable)? {
         return Err(format!(
             "unmounted from {}, but the same mount is at {}, too, and ends with that",
             path.display(),

@@ -10,5 +10,5 @@ mod reply;
 mod session;
 
 pub use mount::{MountFlags, unmount};
-pub use mountinfo::{Device, Mount, find, find_device};
+pub use mountinfo::{Device, Mount, find, find_other};
 pub use session::{CacheMode, Mounted, Unmounter};

@@ -40,12 +40,15 @@ pub fn find(mountpoint: &Path) -> Result<Option<Mount>> {
     Ok(found.filter(|(_, is_ours)| *is_ours).map(|(mount, _)| mount))
 }
 
-/// A place where the filesystem is mounted, if there is any left.
+/// Another place where the filesystem of `unmounted` is still mounted.
 ///
 /// # Errors
 /// If the table cannot be read.
-pub fn find_device(device: Device) -> Result<Option<Mount>> {
-    let found = table()?.into_iter().find(|(mount, _)| mount.device == device);
+pub fn find_other(unmounted: &Mount) -> Result<Option<Mount>> {
+    let found = table()?.into_iter().find(|(mount, is_ours)| {
+        // The number alone may be another filesystem's by now.
+        *is_ours && mount.device == unmounted.device && mount.volume == unmounted.volume
+    });
     Ok(found.map(|(mount, _)| mount))
 }
 

@@ -7,7 +7,8 @@ use super::mountinfo::{self, Device};
 use crate::engine::Volume;
 use fuser::{Config, Session, SessionACL};
 use parking_lot::RwLock;
-use std::io::{Error, Result};
+use std::fs::File;
+use std::io::{Error, Result, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -67,16 +68,38 @@ impl Unmounter {
             _ => Ok(false),
         }
     }
+}
 
-    /// Has every request fail, those that wait included: for a mount that nobody serves.
-    fn abort(&self) {
-        let abort = PathBuf::from(CONNECTIONS)
-            .join(self.device.minor.to_string())
+/// Undoes a mount that nobody serves, or not all of whose loops do.
+struct Breaker {
+    place: Unmounter,
+    /// fusectl's file of this very connection; its number may be another's once it has ended. Absent where fusectl is not
+    /// mounted.
+    abort: Option<File>,
+}
+
+impl Breaker {
+    fn of(place: &Unmounter) -> Self {
+        let path = PathBuf::from(CONNECTIONS)
+            .join(place.device.minor.to_string())
             .join("abort");
-        if let Err(error) = std::fs::write(abort, "1") {
-            tracing::warn!(%error, "the connection of a mount that is not served could not be aborted");
+        let abort = File::options().write(true).open(path);
+        Self {
+            place: place.clone(),
+            abort: abort
+                .inspect_err(|error| tracing::debug!(%error, "this connection cannot be aborted"))
+                .ok(),
         }
-        if let Err(error) = self.unmount(true) {
+    }
+
+    /// Has every request fail, those that wait included, and takes the mount out of the tree.
+    fn undo(&self) {
+        if let Some(mut abort) = self.abort.as_ref()
+            && let Err(error) = abort.write_all(b"1")
+        {
+            tracing::debug!(%error, "the connection has ended before");
+        }
+        if let Err(error) = self.place.unmount(true) {
             tracing::error!(%error, "a mount that is not served could not be undone");
         }
     }
@@ -100,12 +123,14 @@ impl Mounted {
                 tracing::error!(%error, "a mount that is not served could not be undone");
             }
         })?;
-        Self::serve(volume, &place, device, cache).inspect_err(|_| place.abort())
+        let breaker = Arc::new(Breaker::of(&place));
+        Self::serve(volume, place, &breaker, device, cache).inspect_err(|_| breaker.undo())
     }
 
     fn serve(
         volume: &Arc<Volume>,
-        place: &Unmounter,
+        place: Unmounter,
+        breaker: &Arc<Breaker>,
         device: std::os::fd::OwnedFd,
         cache: CacheMode,
     ) -> Result<Self> {
@@ -118,36 +143,36 @@ impl Mounted {
         let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
         volume.set_observer(Arc::new(Purger(session.notifier())));
         *laundry.write() = Some(Laundry::start(Arc::clone(volume), session.notifier())?);
-        let broken = (place.clone(), Arc::clone(volume), Arc::clone(&laundry));
+        let broken = (Arc::clone(breaker), Arc::clone(volume), Arc::clone(&laundry));
         let serving = std::thread::Builder::new()
             .name("serve".to_owned())
             .spawn(move || {
                 session.run().inspect_err(|error| {
                     tracing::error!(%error, "the session broke off");
-                    let (place, volume, laundry) = &broken;
+                    let (breaker, volume, laundry) = &broken;
                     // The kernel ends a connection when its last descriptor is closed. Where no loop ever began, these hold it.
                     volume.clear_observer();
                     *laundry.write() = None;
                     // Where some did, they go on.
-                    place.abort();
+                    breaker.undo();
                 })
             })?;
         let mounted = Self {
-            place: place.clone(),
+            place,
             serving,
             laundry,
         };
         // Goes through the kernel to our own loops: the mount answers. If they never began it was undone, and what lay below
         // answers instead.
-        let answered = std::fs::metadata(&place.mountpoint)?.dev();
+        let answered = std::fs::metadata(&mounted.place.mountpoint)?.dev();
         let answered = Device {
             major: rustix::fs::major(answered),
             minor: rustix::fs::minor(answered),
         };
-        if answered != place.device {
+        if answered != mounted.place.device {
             return Err(Error::other("the session broke off at once; see the log"));
         }
-        tune(place.device);
+        tune(answered);
         Ok(mounted)
     }
 
