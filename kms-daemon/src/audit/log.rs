@@ -14,6 +14,9 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use uuid::Uuid;
 
+/// Space that must be there, in bytes, before a change is made that has to be recorded: more than its record takes.
+const ROOM_BYTES: u64 = 64 << 10;
+
 /// Why the log cannot be used, or a record was not made durable.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -141,6 +144,7 @@ impl Audit {
             file,
             path: path.to_owned(),
             durable,
+            room_until: 0,
             broken: None,
         };
         let shared = Arc::clone(&queue);
@@ -163,7 +167,7 @@ impl Audit {
         self.submit(Some(body))
     }
 
-    /// Whether a record could be written now.
+    /// Whether a record could be written now: takes room for it from the host.
     ///
     /// # Errors
     /// [`AuditError::NotDurable`] with the reason why not.
@@ -209,6 +213,8 @@ struct Writer {
     file: File,
     path: PathBuf,
     durable: CheckpointRow,
+    /// The host has given space up to this offset.
+    room_until: u64,
     /// After a failed sync nobody knows what is on the disk (the kernel may have dropped the pages), so nothing more
     /// is written until a start has looked.
     broken: Option<String>,
@@ -245,7 +251,12 @@ impl Writer {
                 tracing::error!(%error, "audit records could not be made durable");
             }
             queue.state.lock().durable = self.durable.clone();
+            let room = match entries.iter().any(|entry| entry.body.is_none()) {
+                true => outcome.clone().and_then(|()| self.make_room()),
+                false => Ok(()),
+            };
             for entry in entries {
+                let outcome = if entry.body.is_some() { &outcome } else { &room };
                 // Every caller waits for its answer.
                 let _ = entry.done.send(outcome.clone());
             }
@@ -283,6 +294,7 @@ impl Writer {
         next.offset = self.durable.offset + bytes.len() as u64;
         if let Err(error) = self.file.write_all_at(&bytes, self.durable.offset) {
             // Nothing of it may stay: the callers are told that their calls were not recorded.
+            self.room_until = 0;
             if let Err(error) = self.file.set_len(self.durable.offset) {
                 self.broken = Some(format!("a torn write could not be undone: {error}"));
             }
@@ -295,6 +307,22 @@ impl Writer {
         }
         self.durable = next;
         Ok(())
+    }
+
+    /// Takes space behind the log's end, so that the record of a change which is made now finds room.
+    fn make_room(&mut self) -> Result<(), String> {
+        if self.durable.offset + ROOM_BYTES <= self.room_until {
+            return Ok(());
+        }
+        let keep_size = rustix::fs::FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, keep_size, self.durable.offset, 2 * ROOM_BYTES) {
+            // Where the host cannot promise space, the write itself will tell.
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {
+                self.room_until = self.durable.offset + 2 * ROOM_BYTES;
+                Ok(())
+            }
+            Err(errno) => Err(format!("there is no room for a record: {errno}")),
+        }
     }
 
     /// The log must still be the file of that name, and as long as it was left.
