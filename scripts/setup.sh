@@ -38,12 +38,12 @@ need_command c++ g++
 need_command git git
 need_command fusermount3 fuse3
 need_command jq jq
+need_command setfacl acl
 have_libclang || missing+=(libclang-dev)
 
 if [[ "$with" == *--accept* ]]; then
     need_command fio fio
     need_command getfattr attr
-    need_command getfacl acl
     need_command rsync rsync
     need_command sqlite3 sqlite3
 fi
@@ -51,7 +51,6 @@ if [[ "$with" == *--bench* ]]; then
     need_command fio fio
 fi
 if [[ "$with" == *--posix* ]]; then
-    need_command getfacl acl
     [[ -e /usr/include/sys/acl.h ]] || missing+=(libacl1-dev)
 fi
 

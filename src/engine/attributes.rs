@@ -1,5 +1,6 @@
 //! Attributes and extended attributes of an inode.
 
+use super::acl;
 use super::commit::Batch;
 use super::core::Access;
 use super::error::{Error, Result};
@@ -16,8 +17,8 @@ use std::sync::Arc;
 const VALUE_BYTES_MAX: usize = 65_536;
 /// File capabilities, dropped whenever content or owner changes.
 const CAPABILITY: &[u8] = b"security.capability";
-/// Attributes with a meaning for the kernel, POSIX ACLs above all. Stored without that meaning they would mislead:
-/// cp(1) sets the mode of a copy through its ACL where a filesystem takes one.
+/// Attributes with a meaning for the kernel, of which POSIX ACLs alone are kept: stored without that meaning the others
+/// would mislead.
 const SYSTEM: &[u8] = b"system.";
 const SUID: u16 = 0o4000;
 const SGID: u16 = 0o2000;
@@ -30,16 +31,18 @@ impl Access<'_> {
         if set.kill_suid_sgid {
             self.drop_capabilities(&node)?;
         }
-        match set.size {
-            Some(size) => {
-                self.regular(ino)?;
-                self.resize(&node, size, |record| apply(record, set, now))?;
+        if set.size.is_none() || set.perm.is_some() {
+            let mut staged = Staged::lock(&[&node]);
+            let mut batch = Batch::default();
+            if let Some(perm) = set.perm {
+                self.follow_mode(&mut batch, &staged, ino, perm)?;
             }
-            None => {
-                let mut staged = Staged::lock(&[&node]);
-                apply(staged.record(ino)?, set, now);
-                staged.commit(self, Batch::default())?;
-            }
+            apply(staged.record(ino)?, set, now);
+            staged.commit(self, batch)?;
+        }
+        if let Some(size) = set.size {
+            self.regular(ino)?;
+            self.resize(&node, size, |record| apply(record, set, now))?;
         }
         self.attr(ino)
     }
@@ -83,7 +86,15 @@ impl Access<'_> {
             .ok_or(Error::Posix(libc::ENODATA))
     }
 
-    pub(crate) fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()> {
+    /// `kill_sgid`: what is set is an access ACL, by someone who may not keep the sgid bit.
+    pub(crate) fn setxattr(
+        &self,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        how: SetXattr,
+        kill_sgid: bool,
+    ) -> Result<()> {
         refuse_system(name)?;
         if name.is_empty() || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ERANGE));
@@ -94,6 +105,14 @@ impl Access<'_> {
         let node = self.node(ino)?;
         let mut staged = Staged::lock(&[&node]);
         let now = self.now();
+        let mut perm = staged.state(ino)?.record.perm;
+        if acl::is_acl(name) {
+            let change = acl::change(name, value, staged.state(ino)?.record.kind, perm)?;
+            perm = change.perm & if kill_sgid { !SGID } else { u16::MAX };
+            if !change.is_stored {
+                return self.remove_xattr(staged, ino, name, perm, now);
+            }
+        }
         let (place, is_new) = match (self.search::<Xattr>(Table::Xattrs, ino, name)?, how) {
             (Search::Found(..), SetXattr::Create) => return Err(Error::Posix(libc::EEXIST)),
             (Search::Absent(_), SetXattr::Replace) => return Err(Error::Posix(libc::ENODATA)),
@@ -108,6 +127,7 @@ impl Access<'_> {
         self.put_entry(&mut batch, Table::Xattrs, ino, place, xattr)?;
         let record = staged.record(ino)?;
         record.xattrs = record.xattrs.saturating_add(u32::from(is_new));
+        record.perm = perm;
         record.ctime = now;
         staged.commit(self, batch)
     }
@@ -131,21 +151,41 @@ impl Access<'_> {
         if node.state.read().record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ENODATA));
         }
-        let mut staged = Staged::lock(&[&node]);
-        let found = self.search::<Xattr>(Table::Xattrs, ino, name)?.found();
-        let (place, _) = found.ok_or(Error::Posix(libc::ENODATA))?;
+        let staged = Staged::lock(&[&node]);
+        if self.search::<Xattr>(Table::Xattrs, ino, name)?.found().is_none() {
+            return Err(Error::Posix(libc::ENODATA));
+        }
+        let (perm, now) = (staged.state(ino)?.record.perm, self.now());
+        self.remove_xattr(staged, ino, name, perm, now)
+    }
+
+    /// Removes an attribute of a locked inode, if it has it, and sets the mode.
+    fn remove_xattr(
+        &self,
+        mut staged: Staged<'_>,
+        ino: Ino,
+        name: &[u8],
+        perm: u16,
+        now: Timestamp,
+    ) -> Result<()> {
         let mut batch = Batch::default();
-        self.remove_entry::<Xattr>(&mut batch, Table::Xattrs, ino, place, false)?;
-        let now = self.now();
+        let found = match staged.state(ino)?.record.xattrs {
+            0 => None,
+            _ => self.search::<Xattr>(Table::Xattrs, ino, name)?.found(),
+        };
         let record = staged.record(ino)?;
-        record.xattrs = record.xattrs.saturating_sub(1);
+        if let Some((place, _)) = found {
+            self.remove_entry::<Xattr>(&mut batch, Table::Xattrs, ino, place, false)?;
+            record.xattrs = record.xattrs.saturating_sub(1);
+        }
+        record.perm = perm;
         record.ctime = now;
         staged.commit(self, batch)
     }
 }
 
 fn refuse_system(name: &[u8]) -> Result<()> {
-    if name.starts_with(SYSTEM) {
+    if name.starts_with(SYSTEM) && !acl::is_acl(name) {
         Err(Error::Posix(libc::EOPNOTSUPP))
     } else {
         Ok(())

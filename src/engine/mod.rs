@@ -4,6 +4,7 @@
 //! Layers, each using only those above it: `format` (bytes), `keys` (sealing), `store`, `slots` and `commit`
 //! (storage), `keyring`, `node` and `runs` (state), then the operations.
 
+mod acl;
 mod active;
 mod attributes;
 mod bell;

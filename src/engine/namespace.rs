@@ -108,7 +108,13 @@ impl Access<'_> {
         };
         let mut staged = Staged::lock(&[&dir]);
         let now = self.now();
+        let inherited = self.inherit(&staged, parent, node)?;
+        let node = &NewNode {
+            perm: inherited.perm,
+            ..*node
+        };
         let record = InodeRecord {
+            xattrs: inherited.xattrs.len() as u32,
             wrapped_dek: key
                 .as_ref()
                 .map_or_else(|| [].into(), |(wrapped, _)| Arc::clone(wrapped)),
@@ -123,6 +129,7 @@ impl Access<'_> {
             name: name.to_vec(),
         };
         self.put_entry(&mut batch, Table::Dirents, parent, place, entry)?;
+        self.put_first_entries(&mut batch, Table::Xattrs, ino, inherited.xattrs)?;
         self.put_inode(&mut batch, ino, &record)?;
         batch.count_inodes(1);
         let dir = staged.record(parent)?;
@@ -447,6 +454,7 @@ impl Access<'_> {
         let node = NewNode {
             kind: FileKind::CharDevice,
             perm: 0,
+            umask: 0,
             uid: owner.uid,
             gid: owner.gid,
             rdev: 0,

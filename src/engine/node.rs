@@ -353,6 +353,7 @@ mod tests {
         let new = NewNode {
             kind: FileKind::Regular,
             perm: 0o644,
+            umask: 0,
             uid: 0,
             gid: 0,
             rdev: 0,

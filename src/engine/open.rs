@@ -295,6 +295,7 @@ fn make_store(dir: &Path, params: &CreateParams, keys: &DomainKeys) -> Result<Se
     let node = NewNode {
         kind: FileKind::Directory,
         perm: 0o755,
+        umask: 0,
         uid: params.uid,
         gid: params.gid,
         rdev: 0,

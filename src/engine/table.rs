@@ -6,6 +6,7 @@ use super::error::{Error, Result};
 use super::format::dirent::{CHAIN_MAX, Entry, Place};
 use super::format::rowkey::{self, Family, Table};
 use super::types::Ino;
+use std::collections::BTreeSet;
 
 /// Longest name, in bytes.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
@@ -65,6 +66,25 @@ impl Access<'_> {
             rowkey::entry(table, ino, place),
             &Place::Present(entry).encode(),
         )
+    }
+
+    /// Fills the empty table of a new inode.
+    pub(crate) fn put_first_entries<T: Entry>(
+        &self,
+        batch: &mut Batch,
+        table: Table,
+        ino: Ino,
+        entries: Vec<T>,
+    ) -> Result<()> {
+        let mut taken = BTreeSet::new();
+        for entry in entries {
+            let first = self.keys().first_place(table, ino, entry.name())?;
+            let free = (first..first + CHAIN_MAX).find(|place| !taken.contains(place));
+            let place = free.ok_or(Error::Posix(libc::ENOSPC))?;
+            taken.insert(place);
+            self.put_entry(batch, table, ino, place, entry)?;
+        }
+        Ok(())
     }
 
     /// Empties a place: without a trace if it is the last of its chain and `chain_grows` is not set, which says that

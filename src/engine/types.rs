@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-/// An inode number: the key domain in the high 16 bits, a monotonic counter below; never reused.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// An inode number: the key domain in the high 16 bits, a monotonic counter below; never reused. 0, the default, is none.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Ino(pub u64);
 
 impl Ino {
@@ -153,8 +153,10 @@ impl SetAttr {
 pub struct NewNode {
     /// File type; a symlink is made by [`Volume::symlink`](super::Volume::symlink).
     pub kind: FileKind,
-    /// Permission bits, the umask already applied.
+    /// Permission bits as they were asked for.
     pub perm: u16,
+    /// Permission bits to be withheld, unless the directory has a default ACL.
+    pub umask: u16,
     /// Owner.
     pub uid: u32,
     /// Group; a parent with the sgid bit overrides it.

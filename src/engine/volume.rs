@@ -187,6 +187,7 @@ impl Volume {
         let node = NewNode {
             kind: FileKind::Symlink,
             perm: 0o777,
+            umask: 0,
             uid,
             gid,
             rdev: 0,
@@ -294,18 +295,26 @@ impl Volume {
     /// getxattr(2).
     ///
     /// # Errors
-    /// ENODATA; EOPNOTSUPP for POSIX ACLs and the rest of `system.`.
+    /// ENODATA; EOPNOTSUPP for names in `system.` that are no POSIX ACLs.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         self.core.serve()?.getxattr(ino, name)
     }
 
-    /// setxattr(2).
+    /// setxattr(2). Setting an access ACL changes the mode; with `kill_sgid` its sgid bit goes, as it does when the
+    /// caller is neither privileged nor in the file's group.
     ///
     /// # Errors
-    /// EEXIST, ENODATA, ERANGE for a name beyond 255 bytes, E2BIG for a value beyond 65,536,
-    /// EOPNOTSUPP as for [`Self::getxattr`].
-    pub fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], how: SetXattr) -> Result<()> {
-        self.core.change()?.setxattr(ino, name, value, how)
+    /// EEXIST, ENODATA, ERANGE for a name beyond 255 bytes, E2BIG for a value beyond 65,536, EINVAL for an ACL that is
+    /// none, EACCES for a default ACL of what is no directory, EOPNOTSUPP as for [`Self::getxattr`].
+    pub fn setxattr(
+        &self,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        how: SetXattr,
+        kill_sgid: bool,
+    ) -> Result<()> {
+        self.core.change()?.setxattr(ino, name, value, how, kill_sgid)
     }
 
     /// listxattr(2), in no particular order.

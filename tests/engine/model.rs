@@ -326,7 +326,7 @@ impl Pair {
             } => {
                 let node = self.pick(node, |_| true).unwrap();
                 let value = noise(length as u64, length);
-                let got = errno(volume.setxattr(self.inodes[node], &name(n), &value, how));
+                let got = errno(volume.setxattr(self.inodes[node], &name(n), &value, how, false));
                 let xattrs = &mut self.model.nodes[node].xattrs;
                 let expected = match (xattrs.contains_key(&name(n)), how) {
                     (true, SetXattr::Create) => Err(libc::EEXIST),

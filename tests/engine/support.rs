@@ -226,6 +226,7 @@ impl Fixture {
 pub const FILE: NewNode = NewNode {
     kind: FileKind::Regular,
     perm: 0o644,
+    umask: 0,
     uid: 0,
     gid: 0,
     rdev: 0,
@@ -234,6 +235,7 @@ pub const FILE: NewNode = NewNode {
 pub const DIR: NewNode = NewNode {
     kind: FileKind::Directory,
     perm: 0o755,
+    umask: 0,
     uid: 0,
     gid: 0,
     rdev: 0,

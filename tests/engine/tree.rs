@@ -83,12 +83,13 @@ pub fn make(volume: &Volume) {
     let tiny = volume.lookup(dir, b"tiny").unwrap().ino;
     volume.link(tiny, Ino::ROOT, b"linked").unwrap();
     volume
-        .setxattr(tiny, XATTR, &noise(10, 3000), SetXattr::Any)
+        .setxattr(tiny, XATTR, &noise(10, 3000), SetXattr::Any, false)
         .unwrap();
     volume.symlink(Ino::ROOT, b"symlink", TARGET, 3, 4).unwrap();
     let node = NewNode {
         kind: FileKind::CharDevice,
         perm: 0o620,
+        umask: 0,
         uid: 1,
         gid: 2,
         rdev: 0x0103,

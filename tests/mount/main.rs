@@ -3,6 +3,7 @@
 // clippy.toml permits these in functions marked #[test] alone; here everything is a test, or helps one.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
+mod acl;
 mod crash;
 mod errors;
 mod posix;

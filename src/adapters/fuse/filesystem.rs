@@ -27,6 +27,7 @@ use std::time::SystemTime;
 /// Most bytes one copy_file_range request copies; programs ask again for the rest. A revocation waits for requests
 /// that are under way.
 const COPY_BYTES_MAX: u64 = 8 << 20;
+const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
 /// File handles: whether the open file may write.
 const READER: FileHandle = FileHandle(0);
 const WRITER: FileHandle = FileHandle(1);
@@ -119,12 +120,14 @@ impl CmkFs {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
+        umask: u32,
         rdev: u32,
     ) -> Result<Attr, Errno> {
         let kind = kind_of_mode(mode).ok_or(Errno::from_i32(libc::EINVAL))?;
         let node = NewNode {
             kind,
             perm: permissions(mode),
+            umask: permissions(umask),
             uid: req.uid(),
             gid: req.gid(),
             rdev,
@@ -139,6 +142,19 @@ impl CmkFs {
 /// for CAP_FSETID.
 fn is_privileged(req: &Request) -> bool {
     req.uid() == 0
+}
+
+/// Whether the caller has the group's rights, or any. A request says neither its other groups nor, to this version of
+/// fuser, what the kernel makes of them (FUSE_SETXATTR_EXT): they are looked up while the caller waits.
+fn is_in_group(req: &Request, gid: u32) -> bool {
+    is_privileged(req) || req.gid() == gid || other_groups(req.pid()).contains(&gid)
+}
+
+fn other_groups(pid: u32) -> Vec<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    let numbers = groups.unwrap_or_default().split_whitespace();
+    numbers.filter_map(|number| number.parse().ok()).collect()
 }
 
 fn time_of(time: TimeOrNow) -> crate::engine::Timestamp {
@@ -223,18 +239,18 @@ impl Filesystem for CmkFs {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        reply_entry(reply, self.make(req, parent, name, mode, rdev));
+        reply_entry(reply, self.make(req, parent, name, mode, umask, rdev));
     }
 
-    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(&self, req: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let mode = permissions(mode);
         reply_entry(
             reply,
-            self.make(req, parent, name, libc::S_IFDIR | u32::from(mode), 0),
+            self.make(req, parent, name, libc::S_IFDIR | u32::from(mode), umask, 0),
         );
     }
 
@@ -326,11 +342,12 @@ impl Filesystem for CmkFs {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
-        match self.make(req, parent, name, libc::S_IFREG | u32::from(permissions(mode)), 0) {
+        let mode = libc::S_IFREG | u32::from(permissions(mode));
+        match self.make(req, parent, name, mode, umask, 0) {
             Ok(attr) => {
                 let handle = self.opened(attr.ino, OpenFlags(flags));
                 reply.created(&TTL, &file_attr(&attr), GENERATION, handle, self.open_flags());
@@ -496,7 +513,7 @@ impl Filesystem for CmkFs {
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -510,7 +527,9 @@ impl Filesystem for CmkFs {
             _ => SetXattr::Any,
         };
         let set = self.call("setxattr", ino, |volume| {
-            volume.setxattr(Ino(ino.0), name.as_bytes(), value, how)
+            let kill_sgid =
+                name.as_bytes() == ACCESS_ACL && !is_in_group(req, volume.getattr(Ino(ino.0))?.gid);
+            volume.setxattr(Ino(ino.0), name.as_bytes(), value, how, kill_sgid)
         });
         reply_empty(reply, set);
     }

@@ -9,8 +9,9 @@ const WRITE_BYTES_MAX: u32 = 1 << 20;
 const READAHEAD_BYTES_MAX: u32 = 4 << 20;
 /// Requests in the background, read-ahead and writeback among them, before the kernel waits.
 const BACKGROUND_REQUESTS_MAX: u16 = 128;
-/// What is asked of the kernel, as far as it knows it. Not POSIX_ACL: ACLs are not enforced yet.
-const CAPABILITIES: [InitFlags; 13] = [
+/// What is asked of the kernel, as far as it knows it. DONT_MASK belongs to POSIX_ACL: where a directory has a default
+/// ACL, the umask does not count.
+const CAPABILITIES: [InitFlags; 15] = [
     InitFlags::FUSE_ASYNC_READ,
     InitFlags::FUSE_BIG_WRITES,
     InitFlags::FUSE_ATOMIC_O_TRUNC,
@@ -24,6 +25,8 @@ const CAPABILITIES: [InitFlags; 13] = [
     InitFlags::FUSE_MAX_PAGES,
     InitFlags::FUSE_NO_OPENDIR_SUPPORT,
     InitFlags::FUSE_EXPLICIT_INVAL_DATA,
+    InitFlags::FUSE_POSIX_ACL,
+    InitFlags::FUSE_DONT_MASK,
 ];
 
 /// Asks for what serves this mount; what the kernel does not know it is mounted without.
