@@ -104,5 +104,8 @@ for number in $(seq 20); do
     done
 done
 held "none of them"
+
+step "check every record and every block"
+volume_check
 kmsd_stop
 echo "accept: every step held"

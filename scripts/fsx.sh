@@ -48,4 +48,5 @@ if [[ $status -ne 124 ]]; then
     die "fsx ended with status $status"
 fi
 volume_umount
+volume_check
 held "no error in $DURATION seconds"

@@ -181,6 +181,11 @@ volume_umount() {
     MOUNT_PID=""
 }
 
+# Checks every record and every block of the unmounted volume.
+volume_check() {
+    "$BIN/cmkfs" fsck --scrub "$VOLUME" || die "the volume is not consistent"
+}
+
 mount_ended() {
     [[ "$(process_state "$MOUNT_PID")" =~ ^(Z|)$ ]]
 }

@@ -35,4 +35,5 @@ step "run pjdfstest"
 "$TOOLS/bin/pjdfstest" -c "$SCRATCH/pjdfstest.toml" -p "$MNT/tests" >"$SCRATCH/pjdfstest.log" 2>&1 || failed=1
 grep -aE 'FAILED|^Summary' "$SCRATCH/pjdfstest.log" || die "pjdfstest said nothing: $(tail -n 1 "$SCRATCH/pjdfstest.log")"
 volume_umount
+volume_check
 [[ -z "${failed:-}" ]] || die "some tests failed"

@@ -164,7 +164,7 @@ impl Access<'_> {
 
     /// Reads whole blocks from block `first` on. Slots that lie side by side are read in one call, and opened in
     /// place.
-    fn read_blocks(
+    pub(crate) fn read_blocks(
         &self,
         node: &Node,
         state: &NodeState,

@@ -8,6 +8,7 @@ mod acl;
 mod active;
 mod attributes;
 mod bell;
+mod check;
 mod chunkcache;
 mod clock;
 mod commit;
@@ -38,6 +39,7 @@ mod types;
 mod upkeep;
 mod volume;
 
+pub use check::{CheckOptions, Counts, Event, Fault, Problem, Report};
 pub use clock::{Clock, SystemClock};
 pub use error::{Error, Result};
 pub use format::superblock::Superblock;

@@ -5,7 +5,7 @@ use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::{Clock, SystemClock};
 use super::commit::{Batch, Committer, Seq};
-use super::core::Core;
+use super::core::{Core, Fetch};
 use super::dek::Misses;
 use super::error::{Error, Result};
 use super::format::root::RootRecord;
@@ -22,7 +22,7 @@ use super::seal;
 use super::slots::{Slots, sync_dir};
 use super::store::Store;
 use super::types::{Domain, FileKind, Ino, NewNode};
-use super::upkeep::{self, Lease};
+use super::upkeep::{self, Lease, Threads};
 use super::volume::{Options, Volume};
 use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
@@ -31,7 +31,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
 
 const SUPERBLOCK: &str = "superblock";
 const META: &str = "meta";
@@ -124,6 +125,24 @@ impl Superblock {
     }
 }
 
+/// Whether anything below the volume's directory may be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Writing {
+    /// As in a mount; in one that is read-only, by RocksDB alone, which recovers its log.
+    Allowed,
+    /// Nothing but the lock, which is taken.
+    Nothing,
+}
+
+/// A volume whose background does not run yet.
+pub(crate) struct Opened {
+    pub(crate) core: Arc<Core>,
+    /// For the thread that fetches keys.
+    pub(crate) jobs: Receiver<Fetch>,
+    /// For the one that renews it.
+    pub(crate) lease: Lease,
+}
+
 impl Volume {
     /// Makes a volume in `dir`, which is empty or not there, and leaves nothing behind if that fails.
     ///
@@ -159,63 +178,81 @@ impl Volume {
         keys: Arc<dyn KeyService>,
         clock: Arc<dyn Clock>,
     ) -> std::result::Result<Arc<Self>, OpenError> {
-        let superblock = Superblock::read(dir)?;
-        let lock = take_lock(dir)?;
-        let keyring = Keyring::open(
-            keys,
-            superblock.volume(),
-            superblock.hash(),
-            superblock.wrapped_vk().to_vec(),
-            options.dek_cache_entries_max,
-        )?;
-        let lease = Lease {
-            asked: clock.monotonic(),
-            length: keyring.renew()?,
-        };
-        let store = Arc::new(Store::open(&dir.join(META), options.block_cache_bytes)?);
-        let (root, sealed) = {
-            let admission = keyring.admit(Purpose::Serve)?;
-            let sealed = seal::read(dir, admission.keys())?;
-            (read_root(&store, admission.keys(), sealed)?, sealed)
-        };
-        let (fetches, jobs) = sync_channel(FETCHES_MAX);
-        let core = Arc::new(Core {
-            committer: Committer::new(Arc::clone(&store), root),
-            store,
-            keyring,
-            slots: Slots::new(dir.join(DATA)),
-            nodes: NodeTable::new(options.node_cache_entries_max),
-            chunks: ChunkCache::new(),
-            nursery: Nursery::new(options.dek_prefetch),
-            misses: Misses::default(),
-            active: Active::default(),
-            orphans: Orphans::default(),
-            poisoned: Mutex::default(),
-            rename: Mutex::new(()),
-            clock,
-            observer: Mutex::new(None),
-            sealed: Mutex::new(sealed),
-            upkeep_bell: Bell::default(),
-            key_bell: Bell::default(),
-            fetches,
-            dir: dir.to_path_buf(),
-            options,
-            _lock: lock,
-        });
-        let access = core.serve()?;
-        access.directory(Ino::ROOT)?;
-        if !options.read_only {
-            access.collect_orphans()?;
-        }
-        drop(access);
-        let threads = upkeep::start(&core, jobs, lease)
-            .map_err(|error| OpenError::Engine(Error::io("start a thread", &error)))?;
-        Ok(Arc::new(Self {
+        let opened = open_core(dir, options, keys, clock, Writing::Allowed)?;
+        let threads = upkeep::start(&opened.core, opened.jobs, opened.lease, Threads::All)?;
+        Ok(Arc::new(Self::with_threads(opened.core, threads)))
+    }
+
+    pub(crate) fn with_threads(core: Arc<Core>, threads: Vec<JoinHandle<()>>) -> Self {
+        Self {
             core,
             threads: Mutex::new(threads),
             closed: AtomicBool::new(false),
-        }))
+        }
     }
+}
+
+pub(crate) fn open_core(
+    dir: &Path,
+    options: Options,
+    keys: Arc<dyn KeyService>,
+    clock: Arc<dyn Clock>,
+    writing: Writing,
+) -> std::result::Result<Opened, OpenError> {
+    let superblock = Superblock::read(dir)?;
+    let lock = take_lock(dir)?;
+    let keyring = Keyring::open(
+        keys,
+        superblock.volume(),
+        superblock.hash(),
+        superblock.wrapped_vk().to_vec(),
+        options.dek_cache_entries_max,
+    )?;
+    let lease = Lease {
+        asked: clock.monotonic(),
+        length: keyring.renew()?,
+    };
+    let meta = dir.join(META);
+    let store = Arc::new(match writing {
+        Writing::Nothing => Store::open_read_only(&meta, options.block_cache_bytes)?,
+        Writing::Allowed => Store::open(&meta, options.block_cache_bytes)?,
+    });
+    let (root, sealed) = {
+        let admission = keyring.admit(Purpose::Serve)?;
+        let sealed = seal::read(dir, admission.keys())?;
+        (read_root(&store, admission.keys(), sealed)?, sealed)
+    };
+    let (fetches, jobs) = sync_channel(FETCHES_MAX);
+    let core = Arc::new(Core {
+        committer: Committer::new(Arc::clone(&store), root),
+        store,
+        keyring,
+        slots: Slots::new(dir.join(DATA), writing == Writing::Nothing),
+        nodes: NodeTable::new(options.node_cache_entries_max),
+        chunks: ChunkCache::new(),
+        nursery: Nursery::new(options.dek_prefetch),
+        misses: Misses::default(),
+        active: Active::default(),
+        orphans: Orphans::default(),
+        poisoned: Mutex::default(),
+        rename: Mutex::new(()),
+        clock,
+        observer: Mutex::new(None),
+        sealed: Mutex::new(sealed),
+        upkeep_bell: Bell::default(),
+        key_bell: Bell::default(),
+        fetches,
+        dir: dir.to_path_buf(),
+        options,
+        _lock: lock,
+    });
+    let access = core.serve()?;
+    access.directory(Ino::ROOT)?;
+    if !options.read_only {
+        access.collect_orphans()?;
+    }
+    drop(access);
+    Ok(Opened { core, jobs, lease })
 }
 
 fn take_lock(dir: &Path) -> std::result::Result<File, OpenError> {

@@ -75,7 +75,7 @@ impl Core {
 impl Access<'_> {
     /// Notes every orphan that an earlier mount left.
     pub(crate) fn collect_orphans(&self) -> Result<()> {
-        let (from, to) = rowkey::orphans(Domain::FIRST);
+        let (from, to) = rowkey::all(Domain::FIRST, rowkey::Kind::Orphan);
         self.store.scan(Family::Meta, &from, &to, |key, sealed| {
             let ino = Ino(rowkey::last_number(key).unwrap_or_default());
             self.open_row(ino, key, sealed)?;

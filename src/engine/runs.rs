@@ -48,6 +48,32 @@ impl Bits {
     }
 }
 
+/// A set of runs.
+#[derive(Default)]
+pub(crate) struct RunSet(BTreeMap<u64, Bits>);
+
+impl RunSet {
+    /// False if it was there before.
+    pub(crate) fn insert(&mut self, run: u64) -> bool {
+        let page = self.0.entry(run / PAGE_RUNS).or_default();
+        let is_new = !page.get(run % PAGE_RUNS);
+        page.set(run % PAGE_RUNS, true);
+        is_new
+    }
+
+    pub(crate) fn contains(&self, run: u64) -> bool {
+        self.0
+            .get(&(run / PAGE_RUNS))
+            .is_some_and(|page| page.get(run % PAGE_RUNS))
+    }
+
+    /// The bitmap records that say so, by page.
+    pub(crate) fn records(&self) -> BTreeMap<u64, Vec<u8>> {
+        let pages = self.0.iter();
+        pages.map(|(page, bits)| (*page, bits.0.to_vec())).collect()
+    }
+}
+
 /// A run allocator. Pages are loaded by the caller, so that this module does no I/O.
 #[derive(Default)]
 pub(crate) struct Runs {

@@ -5,10 +5,11 @@ use super::format::chunk::CHUNK;
 use super::types::Ino;
 use lru::LruCache;
 use parking_lot::Mutex;
-use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,7 +20,27 @@ const SHARDS: u64 = 256;
 /// The slot files of a volume.
 pub(crate) struct Slots {
     dir: PathBuf,
+    read_only: bool,
     open: Mutex<LruCache<Ino, Arc<SlotFile>>>,
+}
+
+/// A file where slot files are.
+pub(crate) struct FoundFile {
+    pub(crate) path: PathBuf,
+    /// Whose slot file it is, if its name says so.
+    pub(crate) ino: Option<Ino>,
+    /// What it takes of the host's space.
+    pub(crate) allocated_bytes: u64,
+}
+
+impl FoundFile {
+    fn foreign(path: PathBuf) -> Self {
+        Self {
+            path,
+            ino: None,
+            allocated_bytes: 0,
+        }
+    }
 }
 
 /// One open slot file.
@@ -35,10 +56,11 @@ impl Slots {
         sync_dir(dir)
     }
 
-    pub(crate) fn new(dir: PathBuf) -> Self {
+    pub(crate) fn new(dir: PathBuf, read_only: bool) -> Self {
         let open = LruCache::new(NonZeroUsize::new(OPEN_FILES_MAX).unwrap_or(NonZeroUsize::MIN));
         Self {
             dir,
+            read_only,
             open: Mutex::new(open),
         }
     }
@@ -51,7 +73,11 @@ impl Slots {
 
     /// The slot file of an inode that has published slots.
     pub(crate) fn existing(&self, ino: Ino) -> Result<Arc<SlotFile>> {
-        self.get(ino, OFlags::RDWR | OFlags::CLOEXEC)
+        let access = match self.read_only {
+            true => OFlags::RDONLY,
+            false => OFlags::RDWR,
+        };
+        self.get(ino, access | OFlags::CLOEXEC)
     }
 
     /// The slot file of an inode that has none published: what an earlier crash left in it is thrown away.
@@ -99,6 +125,35 @@ impl Slots {
         self.path(ino).exists()
     }
 
+    /// Shows every file below the directory of slot files.
+    pub(crate) fn each_file(&self, mut show: impl FnMut(FoundFile) -> Result<()>) -> Result<()> {
+        let failed = |error: std::io::Error| Error::io("read the data directory", &error);
+        let list = |dir: &Path| -> Result<Vec<PathBuf>> {
+            let entries = std::fs::read_dir(dir).map_err(failed)?;
+            let paths = entries.map(|entry| entry.map(|entry| entry.path()).map_err(failed));
+            paths.collect()
+        };
+        for shard in list(&self.dir)? {
+            if !shard.is_dir() {
+                show(FoundFile::foreign(shard))?;
+                continue;
+            }
+            for path in list(&shard)? {
+                let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+                let ino = u64::from_str_radix(name, 16).ok().map(Ino);
+                match ino.filter(|ino| self.path(*ino) == path && path.is_file()) {
+                    Some(ino) => show(FoundFile {
+                        ino: Some(ino),
+                        allocated_bytes: path.metadata().map_err(failed)?.blocks().saturating_mul(512),
+                        path,
+                    })?,
+                    None => show(FoundFile::foreign(path))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Removes a slot file whose inode is durably gone.
     pub(crate) fn remove(&self, ino: Ino) -> Result<()> {
         self.open.lock().pop(&ino);
@@ -144,6 +199,24 @@ impl SlotFile {
     /// Gives the space of a run back.
     pub(crate) fn punch(&self, run: u64) -> Result<()> {
         self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, run)
+    }
+
+    /// Bytes up to its end.
+    pub(crate) fn length(&self) -> Result<u64> {
+        let metadata = self.0.metadata();
+        metadata
+            .map(|metadata| metadata.len())
+            .map_err(|error| Error::io("stat slot file", &error))
+    }
+
+    /// The first run from `run` on that the host has data in.
+    pub(crate) fn next_run_with_data(&self, run: u64) -> Result<Option<u64>> {
+        let from = run.saturating_mul(CHUNK as u64);
+        match rustix::fs::seek(&self.0, SeekFrom::Data(from)) {
+            Ok(at) => Ok(Some(at / CHUNK as u64)),
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(errno) => Err(Error::io("seek in slot file", &errno.into())),
+        }
     }
 
     fn fallocate(&self, flags: FallocateFlags, run: u64) -> Result<()> {

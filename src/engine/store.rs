@@ -28,6 +28,11 @@ pub(crate) enum Change {
     DeleteRange(Family, Vec<u8>, Vec<u8>),
 }
 
+/// A row's key and value.
+pub(crate) type Row = (Box<[u8]>, Box<[u8]>);
+/// Rows in the order of their keys.
+pub(crate) type Rows<'s> = Box<dyn Iterator<Item = Result<Row>> + 's>;
+
 /// The open database.
 pub(crate) struct Store {
     db: DB,
@@ -44,27 +49,16 @@ impl Store {
         Self::open_with(dir, cache_bytes, false)
     }
 
+    /// Opens a database and changes nothing of it: the log is recovered in memory alone.
+    pub(crate) fn open_read_only(dir: &Path, cache_bytes: usize) -> Result<Self> {
+        let (options, families) = describe(cache_bytes, false);
+        let db = DB::open_cf_descriptors_read_only(&options, dir, families, false)
+            .map_err(|error| failed("open", &error))?;
+        Ok(Self { db })
+    }
+
     fn open_with(dir: &Path, cache_bytes: usize, create: bool) -> Result<Self> {
-        let mut options = Options::default();
-        options.create_if_missing(create);
-        options.create_missing_column_families(create);
-        options.set_error_if_exists(create);
-        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-        options.set_max_total_wal_size(LOG_BYTES_MAX);
-        options.set_max_background_jobs(2);
-        options.set_max_open_files(1024);
-        options.set_keep_log_file_num(2);
-        options.set_max_log_file_size(1 << 20);
-        let cache = Cache::new_lru_cache(cache_bytes);
-        options.set_write_buffer_manager(&WriteBufferManager::new_write_buffer_manager_with_cache(
-            cache_bytes / 2,
-            false,
-            cache.clone(),
-        ));
-        let families = [
-            ColumnFamilyDescriptor::new(META, family_options(&cache, None)),
-            ColumnFamilyDescriptor::new(CONTENT, family_options(&cache, Some(BLOB_BYTES_MIN))),
-        ];
+        let (options, families) = describe(cache_bytes, create);
         let db = DB::open_cf_descriptors(&options, dir, families).map_err(|error| failed("open", &error))?;
         Ok(Self { db })
     }
@@ -104,20 +98,24 @@ impl Store {
         to: &[u8],
         mut show: impl FnMut(&[u8], &[u8]) -> Result<bool>,
     ) -> Result<()> {
-        let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(to.to_vec());
-        let rows = self.db.iterator_cf_opt(
-            self.family(family)?,
-            options,
-            IteratorMode::From(from, Direction::Forward),
-        );
-        for row in rows {
-            let (key, value) = row.map_err(|error| failed("scan", &error))?;
+        for row in self.rows(family, from, to)? {
+            let (key, value) = row?;
             if !show(&key, &value)? {
                 break;
             }
         }
         Ok(())
+    }
+
+    /// The rows from key `from` up to, and without, key `to`, as they are now.
+    pub(crate) fn rows(&self, family: Family, from: &[u8], to: &[u8]) -> Result<Rows<'_>> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(to.to_vec());
+        let mode = IteratorMode::From(from, Direction::Forward);
+        let rows = self.db.iterator_cf_opt(self.family(family)?, options, mode);
+        Ok(Box::new(
+            rows.map(|row| row.map_err(|error| failed("scan", &error))),
+        ))
     }
 
     /// Appends one batch to the log and applies it; not yet durable.
@@ -153,6 +151,31 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// The options of the database, and its column families with theirs.
+fn describe(cache_bytes: usize, create: bool) -> (Options, [ColumnFamilyDescriptor; 2]) {
+    let mut options = Options::default();
+    options.create_if_missing(create);
+    options.create_missing_column_families(create);
+    options.set_error_if_exists(create);
+    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+    options.set_max_total_wal_size(LOG_BYTES_MAX);
+    options.set_max_background_jobs(2);
+    options.set_max_open_files(1024);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(1 << 20);
+    let cache = Cache::new_lru_cache(cache_bytes);
+    options.set_write_buffer_manager(&WriteBufferManager::new_write_buffer_manager_with_cache(
+        cache_bytes / 2,
+        false,
+        cache.clone(),
+    ));
+    let families = [
+        ColumnFamilyDescriptor::new(META, family_options(&cache, None)),
+        ColumnFamilyDescriptor::new(CONTENT, family_options(&cache, Some(BLOB_BYTES_MIN))),
+    ];
+    (options, families)
 }
 
 fn family_options(cache: &Cache, blob_bytes_min: Option<u64>) -> Options {

@@ -24,22 +24,34 @@ pub(crate) struct Lease {
     pub(crate) length: Duration,
 }
 
+/// Which threads are started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// Those of a mount.
+    All,
+    /// The one that watches the key.
+    KeysAlone,
+}
+
 /// Starts the threads. Each holds the core until it is stopped.
 pub(crate) fn start(
     core: &Arc<Core>,
     fetches: Receiver<Fetch>,
     lease: Lease,
-) -> std::io::Result<Vec<JoinHandle<()>>> {
+    which: Threads,
+) -> Result<Vec<JoinHandle<()>>> {
     let spawn = |name: &str, work: Box<dyn FnOnce(Arc<Core>) + Send>| {
         let core = Arc::clone(core);
         std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || work(core))
+            .map_err(|error| Error::io("start a thread", &error))
     };
-    let mut threads = vec![
-        spawn("keys", Box::new(move |core| watch_key(&core, lease)))?,
-        spawn("fetch", Box::new(move |core| fetch(&core, &fetches)))?,
-    ];
+    let mut threads = vec![spawn("keys", Box::new(move |core| watch_key(&core, lease)))?];
+    if which == Threads::KeysAlone {
+        return Ok(threads);
+    }
+    threads.push(spawn("fetch", Box::new(move |core| fetch(&core, &fetches)))?);
     if !core.options.read_only {
         threads.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
     }

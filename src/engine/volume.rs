@@ -471,7 +471,7 @@ impl Drop for Volume {
 
 impl Core {
     /// An orderly end. While dark there is nothing in memory that storage does not hold.
-    fn put_away(&self) -> Result<()> {
+    pub(super) fn put_away(&self) -> Result<()> {
         if self.keyring.state() != KeyState::Live {
             return self.committer.sync_to(self.committer.committed());
         }

@@ -371,6 +371,7 @@ impl Pair {
 
     fn reopen(&mut self) {
         self.volume = None;
+        self.fixture.assert_consistent();
         self.volume = Some(self.fixture.open());
         self.check_tree();
     }

@@ -1,8 +1,8 @@
 //! A KMS in memory and a clock that tests move by hand.
 
 use cmkfs::engine::{
-    Clock, Cookie, CreateParams, Error, FileKind, Ino, IssuedKey, KeyContext, KeyError, KeyService, NewNode,
-    OpenError, Options, Taken, Timestamp, Volume,
+    CheckOptions, Clock, Cookie, CreateParams, Error, Fault, FileKind, Ino, IssuedKey, KeyContext, KeyError,
+    KeyService, NewNode, OpenError, Options, Report, Taken, Timestamp, Volume,
 };
 use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive};
 use std::path::{Path, PathBuf};
@@ -215,6 +215,22 @@ impl Fixture {
     pub fn try_open_at(&self, dir: &Path) -> Result<Arc<Volume>, OpenError> {
         let kms: Arc<dyn KeyService> = self.kms.clone();
         Volume::open(dir, self.options, kms, self.clock.clone())
+    }
+
+    pub fn try_check(&self, how: CheckOptions) -> Result<Report, OpenError> {
+        let kms: Arc<dyn KeyService> = self.kms.clone();
+        Volume::check(&self.dir(), how, kms, self.clock.clone(), &mut |_| ())
+    }
+
+    /// Checks every record, count and block of a volume that is not open: space alone may have leaked.
+    pub fn assert_consistent(&self) {
+        let how = CheckOptions {
+            scrub: true,
+            repair: false,
+        };
+        let mut problems = self.try_check(how).unwrap().problems;
+        problems.retain(|problem| problem.fault != Fault::LeakedSpace);
+        assert_eq!(problems, []);
     }
 
     pub fn open(&self) -> Arc<Volume> {

@@ -6,6 +6,7 @@
 mod acl;
 mod crash;
 mod errors;
+mod fsck;
 mod posix;
 mod privacy;
 mod remount;

@@ -1,8 +1,9 @@
-//! The command line: `cmkfs create`, `mount`, `umount`, `status`.
+//! The command line: `cmkfs create`, `mount`, `umount`, `status`, `fsck`.
 
 mod background;
 mod control;
 mod create;
+mod fsck;
 mod logging;
 mod mount;
 mod options;
@@ -27,6 +28,7 @@ Examples:
   cmkfs mount -o ro,cache=none ~/vault /mnt     read-only; what read(2) gives stays out of the page cache
   cmkfs status ~/private --json                 state of the key, of the log and of the caches
   cmkfs umount ~/private                        returns when everything is on disk
+  cmkfs fsck --scrub ~/vault                    check every record and every block of an unmounted volume
 
 The socket of kmsd is --socket, else $KMS_SOCKET, else $XDG_RUNTIME_DIR/kmsd/kmsd.sock, else /run/kmsd/kmsd.sock.
 What a program sees when the key may not be used: EKEYREVOKED while it is disabled or pending deletion, ENOKEY once
@@ -50,7 +52,14 @@ enum Command {
     Umount(UmountArguments),
     /// Show the state of a mounted volume, or what an unmounted one says of itself.
     Status(StatusArguments),
+    /// Check a volume that is not mounted: records, names, links, counts, slots. Changes nothing without --repair.
+    #[command(after_help = FSCK_HELP)]
+    Fsck(FsckArguments),
 }
+
+const FSCK_HELP: &str = "\
+Exit status, as fsck(8) has it: 0 no problem, 1 problems were repaired, 4 problems were left (5: both), 8 the check could
+not be made, 16 it was asked for wrongly. docs/fsck.md lists the problems, by the word in brackets behind each.";
 
 #[derive(Debug, Args)]
 struct CreateArguments {
@@ -95,23 +104,61 @@ struct StatusArguments {
     json: bool,
 }
 
+#[derive(Debug, Args)]
+struct FsckArguments {
+    /// The volume's directory.
+    volume: PathBuf,
+    /// Read every block and verify it.
+    #[arg(long)]
+    scrub: bool,
+    /// Repair what can be repaired without a guess: counts, bitmaps, leaked space, rows that belong to nothing, inodes
+    /// without a name.
+    #[arg(long)]
+    repair: bool,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Runs the program: one line on the standard error output and exit status 1 for whatever goes wrong.
 #[must_use]
 pub fn run() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return refuse(&error),
+    };
     let socket = kms_client::socket_path(arguments.socket.as_deref());
+    let mut failure = ExitCode::FAILURE;
     let done = match arguments.command {
         Command::Create(arguments) => create::run(&arguments, &socket),
         Command::Mount(arguments) => mount::run(&arguments, &socket),
         Command::Umount(arguments) => umount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Fsck(arguments) => {
+            failure = ExitCode::from(fsck::OPERATIONAL_ERROR);
+            match fsck::run(&arguments, &socket) {
+                Ok(status) => return status,
+                Err(message) => Err(message),
+            }
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             complain(&message);
-            ExitCode::FAILURE
+            failure
         }
+    }
+}
+
+/// Says what is wrong with the command line, or gives the help that was asked for.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let _heard = error.print();
+    let is_fsck = std::env::args_os().any(|argument| argument == "fsck");
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if is_fsck => ExitCode::from(fsck::USAGE_ERROR),
+        _ => ExitCode::from(2),
     }
 }
 

@@ -12,13 +12,18 @@ pub(crate) enum Family {
     Content = 2,
 }
 
-const ROOT: u8 = b'R';
-const INODE: u8 = b'I';
-const DIRENT: u8 = b'D';
-const XATTR: u8 = b'X';
-const CHUNK: u8 = b'C';
-const BITMAP: u8 = b'B';
-const ORPHAN: u8 = b'O';
+/// What a row of the family `meta` holds; its letter stands behind the domain in the key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    Root = b'R',
+    Inode = b'I',
+    Dirent = b'D',
+    Xattr = b'X',
+    Chunk = b'C',
+    Bitmap = b'B',
+    Orphan = b'O',
+}
 
 /// A chained table of one inode: its directory entries or its extended attributes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +34,10 @@ pub(crate) enum Table {
     Xattrs = 1,
 }
 
-fn key(domain: Domain, kind: u8, numbers: &[u64]) -> Vec<u8> {
+fn key(domain: Domain, kind: Kind, numbers: &[u64]) -> Vec<u8> {
     let mut key = Vec::with_capacity(3 + 8 * numbers.len());
     key.extend_from_slice(&domain.0.to_be_bytes());
-    key.push(kind);
+    key.push(kind as u8);
     for number in numbers {
         key.extend_from_slice(&number.to_be_bytes());
     }
@@ -40,35 +45,41 @@ fn key(domain: Domain, kind: u8, numbers: &[u64]) -> Vec<u8> {
 }
 
 pub(crate) fn root(domain: Domain) -> Vec<u8> {
-    key(domain, ROOT, &[])
+    key(domain, Kind::Root, &[])
 }
 
 pub(crate) fn inode(ino: Ino) -> Vec<u8> {
-    key(ino.domain(), INODE, &[ino.0])
+    key(ino.domain(), Kind::Inode, &[ino.0])
 }
 
 pub(crate) fn entry(table: Table, ino: Ino, place: u64) -> Vec<u8> {
     let kind = match table {
-        Table::Dirents => DIRENT,
-        Table::Xattrs => XATTR,
+        Table::Dirents => Kind::Dirent,
+        Table::Xattrs => Kind::Xattr,
     };
     key(ino.domain(), kind, &[ino.0, place])
 }
 
 pub(crate) fn chunk(ino: Ino, chunk: u64) -> Vec<u8> {
-    key(ino.domain(), CHUNK, &[ino.0, chunk])
+    key(ino.domain(), Kind::Chunk, &[ino.0, chunk])
 }
 
 pub(crate) fn bitmap(ino: Ino, page: u64) -> Vec<u8> {
-    key(ino.domain(), BITMAP, &[ino.0, page])
+    key(ino.domain(), Kind::Bitmap, &[ino.0, page])
 }
 
 pub(crate) fn orphan(ino: Ino) -> Vec<u8> {
-    key(ino.domain(), ORPHAN, &[ino.0])
+    key(ino.domain(), Kind::Orphan, &[ino.0])
 }
 
-pub(crate) fn orphans(domain: Domain) -> (Vec<u8>, Vec<u8>) {
-    (key(domain, ORPHAN, &[]), key(domain, ORPHAN + 1, &[]))
+/// The range of every row of a kind.
+pub(crate) fn all(domain: Domain, kind: Kind) -> (Vec<u8>, Vec<u8>) {
+    let from = key(domain, kind, &[]);
+    let mut to = from.clone();
+    if let Some(last) = to.last_mut() {
+        *last += 1;
+    }
+    (from, to)
 }
 
 /// Key of an inline block's row in the family `content`.
@@ -78,6 +89,21 @@ pub(crate) fn content(ino: Ino, block: u64) -> Vec<u8> {
     key.extend_from_slice(&ino.0.to_be_bytes());
     key.extend_from_slice(&block.to_be_bytes());
     key
+}
+
+/// The range of every row of the family `content`.
+pub(crate) fn all_content(domain: Domain) -> (Vec<u8>, Vec<u8>) {
+    let from = domain.0.to_be_bytes().to_vec();
+    (from.clone(), [from, vec![0xff; 17]].concat())
+}
+
+/// The inode and the number behind it of a row key that has both.
+pub(crate) fn numbers(key: &[u8]) -> (Ino, u64) {
+    let (rest, last) = match key.split_last_chunk::<8>() {
+        Some((rest, last)) => (rest, u64::from_be_bytes(*last)),
+        None => (key, 0),
+    };
+    (Ino(last_number(rest).unwrap_or_default()), last)
 }
 
 /// The last number of a row key (place, chunk, inode), which is its last eight bytes.

@@ -1,0 +1,167 @@
+//! Inode records, orphan records, extended attributes: rows that are looked at one by one.
+
+use super::repair::Fix;
+use super::{Check, Fault, Found, Known};
+use crate::engine::core::decode_record;
+use crate::engine::error::{Error, Result};
+use crate::engine::format::dirent::{Entry, Place, Xattr};
+use crate::engine::format::rowkey::{self, Family, Kind, Table};
+use crate::engine::types::{Domain, FileKind, Ino};
+
+/// Rows between two reports of progress.
+pub(super) const PROGRESS_ROWS: u64 = 10_000;
+
+impl Check<'_> {
+    /// Shows every row of a kind: its inode, its last number and the sealed value.
+    pub(super) fn each_row(
+        &mut self,
+        kind: Kind,
+        phase: &'static str,
+        total: Option<u64>,
+        mut show: impl FnMut(&mut Self, &[u8], &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let core = self.core;
+        let (from, to) = rowkey::all(Domain::FIRST, kind);
+        let mut done = 0_u64;
+        self.progress(phase, 0, total);
+        core.store.scan(Family::Meta, &from, &to, |key, sealed| {
+            core.keyring.go_on()?;
+            show(self, key, sealed)?;
+            done += 1;
+            if done.is_multiple_of(PROGRESS_ROWS) {
+                self.progress(phase, done, total);
+            }
+            Ok(true)
+        })?;
+        self.progress(phase, done, total);
+        Ok(())
+    }
+
+    pub(super) fn check_inodes(&mut self) -> Result<()> {
+        let root = self.core.committer.root();
+        self.each_row(Kind::Inode, "inodes", Some(root.inodes), |check, key, sealed| {
+            let ino = Ino(rowkey::last_number(key).unwrap_or_default());
+            let record = check
+                .access
+                .open_row(ino, key, sealed)
+                .and_then(|plain| decode_record(ino, &plain));
+            let record = match record {
+                Ok(record) => record,
+                Err(Error::Corrupt { what }) => {
+                    check.damaged.insert(ino);
+                    check.found(
+                        Fault::Record,
+                        Some(ino),
+                        format!("{what} fails authentication"),
+                        None,
+                    );
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            };
+            check.counts.inodes += 1;
+            match record.kind {
+                FileKind::Directory => check.counts.directories += 1,
+                FileKind::Regular => check.counts.files += 1,
+                _ => {}
+            }
+            check.counts.blocks = check.counts.blocks.saturating_add(record.content.blocks);
+            let known = Known {
+                kind: Some(record.kind),
+                nlink: record.nlink,
+                children: record.children,
+                xattrs: record.xattrs,
+                blocks: record.content.blocks,
+                runs: record.content.runs,
+                parent: record.parent,
+                found: Found::default(),
+            };
+            check.inodes.insert(ino, known);
+            if ino.0 >= root.ino_limit {
+                let detail = "its number has not been given out".to_owned();
+                check.found(Fault::Record, Some(ino), detail, None);
+            }
+            Ok(())
+        })?;
+        self.each_row(Kind::Orphan, "unlinked inodes", None, |check, key, sealed| {
+            let ino = Ino(rowkey::last_number(key).unwrap_or_default());
+            if check.access.open_row(ino, key, sealed).is_err() {
+                let detail = "the mark of an unlinked inode fails authentication".to_owned();
+                check.found(Fault::Record, Some(ino), detail, None);
+                return Ok(());
+            }
+            // Without an inode, its slot file is still to be removed.
+            check.counts.orphans += 1;
+            match check.inodes.get_mut(&ino) {
+                Some(known) if known.nlink == 0 => known.found.is_orphan = true,
+                Some(_) => {
+                    let detail = "marked as unlinked, but it has links".to_owned();
+                    let fix = Fix::DeleteRow(Family::Meta, key.to_vec());
+                    check.found(Fault::LeftOver, Some(ino), detail, Some(fix));
+                }
+                None => {
+                    check.unlinked.insert(ino);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    pub(super) fn check_attributes(&mut self) -> Result<()> {
+        self.each_row(Kind::Xattr, "extended attributes", None, |check, key, sealed| {
+            let (ino, place) = rowkey::numbers(key);
+            let entry = check
+                .access
+                .open_row(ino, key, sealed)
+                .ok()
+                .and_then(|plain| Place::<Xattr>::decode(&plain).ok());
+            let Some(entry) = entry else {
+                let detail = "an extended attribute fails authentication".to_owned();
+                if let Some(known) = check.inodes.get_mut(&ino) {
+                    known.found.are_xattrs_damaged = true;
+                }
+                check.found(Fault::Record, Some(ino), detail, None);
+                return Ok(());
+            };
+            let Place::Present(xattr) = entry else {
+                return Ok(());
+            };
+            if !check.is_in_its_chain(Table::Xattrs, ino, place, xattr.name())? {
+                let detail = "an extended attribute cannot be found by its name".to_owned();
+                check.found(Fault::Name, Some(ino), detail, None);
+            }
+            match check.inodes.get_mut(&ino) {
+                Some(known) => known.found.xattrs = known.found.xattrs.saturating_add(1),
+                None if check.damaged.contains(&ino) => {}
+                None => {
+                    let fix = Fix::DeleteRow(Family::Meta, key.to_vec());
+                    let detail = "an extended attribute of no inode".to_owned();
+                    check.found(Fault::LeftOver, Some(ino), detail, Some(fix));
+                }
+            }
+            Ok(())
+        })
+    }
+
+    pub(super) fn check_counters(&mut self) -> Result<()> {
+        if !self.damaged.is_empty() {
+            // Nobody can say how many blocks those have.
+            return Ok(());
+        }
+        let root = self.core.committer.root();
+        let found = self.counts.inodes;
+        let counted = self.inodes.values().map(|known| known.blocks).sum();
+        let mut compare = |what: &str, before: u64, after: u64, fix: Fix| {
+            if before != after {
+                let detail = format!("the volume counts {before} {what}, there are {after}");
+                self.found(Fault::Counter, None, detail, Some(fix));
+            }
+        };
+        let (before, after) = (root.inodes, found);
+        compare("inodes", before, after, Fix::Inodes { before, after });
+        let (before, after) = (root.blocks, counted);
+        compare("blocks", before, after, Fix::Blocks { before, after });
+        self.counts.blocks = counted;
+        Ok(())
+    }
+}

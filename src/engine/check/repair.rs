@@ -1,0 +1,166 @@
+//! Repairing: each in a commit of its own. Nothing here guesses: what is removed belongs to nothing, what is counted was
+//! counted, and what has no name gets one below `/lost+found`.
+
+use super::{Event, Finding};
+use crate::engine::commit::Batch;
+use crate::engine::core::{Access, Core};
+use crate::engine::error::{Error, Result};
+use crate::engine::format::dirent::Dirent;
+use crate::engine::format::rowkey::{self, Family, Table};
+use crate::engine::staged::Staged;
+use crate::engine::table::Search;
+use crate::engine::types::{FileKind, Ino, NewNode};
+
+/// Where what has no name gets one.
+const LOST_AND_FOUND: &[u8] = b"lost+found";
+
+/// What would repair a problem.
+pub(super) enum Fix {
+    DeleteRow(Family, Vec<u8>),
+    Counts(Ino, Recount),
+    Reconnect(Ino),
+    MarkOrphan(Ino),
+    /// A page of runs, and the record that it should have.
+    Bitmap(Ino, u64, Vec<u8>),
+    /// Runs of the slot file that nothing uses.
+    Punch(Ino, Vec<u64>),
+    RemoveSlotFile(Ino),
+    Inodes {
+        before: u64,
+        after: u64,
+    },
+    Blocks {
+        before: u64,
+        after: u64,
+    },
+}
+
+/// Counts of an inode's record that are to be others.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Recount {
+    pub(super) nlink: Option<u32>,
+    pub(super) children: Option<u64>,
+    pub(super) xattrs: Option<u32>,
+    /// Blocks and runs.
+    pub(super) content: Option<(u64, u64)>,
+}
+
+/// Repairs what can be, and makes it durable.
+pub(super) fn repair(core: &Core, findings: &mut [Finding], watch: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+    for Finding { problem, fix } in findings {
+        let Some(fix) = fix else { continue };
+        core.drain()?.apply(fix)?;
+        problem.is_repaired = true;
+        watch(Event::Repaired(problem));
+    }
+    core.committer.sync_to(core.committer.committed())
+}
+
+impl Access<'_> {
+    fn apply(&self, fix: &Fix) -> Result<()> {
+        let mut batch = Batch::default();
+        match fix {
+            Fix::DeleteRow(family, key) => batch.delete(*family, key.clone()),
+            Fix::Counts(ino, recount) => return self.recount(*ino, *recount),
+            Fix::Reconnect(ino) => return self.reconnect(*ino),
+            Fix::MarkOrphan(ino) => {
+                self.put_orphan(&mut batch, *ino)?;
+                self.commit(batch)?;
+                self.orphaned(*ino);
+                return Ok(());
+            }
+            Fix::Bitmap(ino, page, bits) => {
+                let key = rowkey::bitmap(*ino, *page);
+                if bits.iter().all(|byte| *byte == 0) {
+                    batch.delete(Family::Meta, key);
+                } else {
+                    self.put_row(&mut batch, key, bits)?;
+                }
+            }
+            Fix::Punch(ino, runs) => {
+                let slots = self.slots.existing(*ino)?;
+                return runs.iter().try_for_each(|run| slots.punch(*run));
+            }
+            Fix::RemoveSlotFile(ino) => return self.slots.remove(*ino),
+            Fix::Inodes { before, after } => {
+                let delta = i128::from(*after) - i128::from(*before);
+                batch.count_inodes(i64::try_from(delta).unwrap_or(0));
+            }
+            Fix::Blocks { before, after } => batch.count_blocks(*before, *after),
+        }
+        self.commit(batch).map(|_| ())
+    }
+
+    fn recount(&self, ino: Ino, recount: Recount) -> Result<()> {
+        let node = self.node(ino)?;
+        let mut state = node.state.write();
+        let mut batch = Batch::default();
+        let mut record = state.record_to_store();
+        record.nlink = recount.nlink.unwrap_or(record.nlink);
+        record.children = recount.children.unwrap_or(record.children);
+        record.xattrs = recount.xattrs.unwrap_or(record.xattrs);
+        if let Some((blocks, runs)) = recount.content {
+            batch.count_blocks(record.content.blocks, blocks);
+            record.content.blocks = blocks;
+            record.content.runs = runs;
+        }
+        self.put_inode(&mut batch, ino, &record)?;
+        self.commit(batch)?;
+        state.published = record.content;
+        state.record = record;
+        Ok(())
+    }
+
+    /// Names a lost inode after its number.
+    fn reconnect(&self, ino: Ino) -> Result<()> {
+        let dir = self.directory(self.lost_and_found()?)?;
+        let node = self.node(ino)?;
+        let mut staged = Staged::lock(&[&dir, &node]);
+        let name = format!("#{}", ino.0).into_bytes();
+        let Search::Absent(Some(place)) = self.search::<Dirent>(Table::Dirents, dir.ino, &name)? else {
+            return Err(Error::Posix(libc::EEXIST));
+        };
+        let now = self.now();
+        let mut batch = Batch::default();
+        let record = staged.record(ino)?;
+        let kind = record.kind;
+        record.ctime = now;
+        if kind == FileKind::Directory {
+            record.parent = dir.ino;
+        } else {
+            record.nlink = 1;
+        }
+        self.put_entry(
+            &mut batch,
+            Table::Dirents,
+            dir.ino,
+            place,
+            Dirent { ino, kind, name },
+        )?;
+        let parent = staged.record(dir.ino)?;
+        parent.children = parent.children.saturating_add(1);
+        if kind == FileKind::Directory {
+            parent.nlink = parent.nlink.saturating_add(1);
+        }
+        parent.mtime = now;
+        parent.ctime = now;
+        staged.commit(self, batch)
+    }
+
+    fn lost_and_found(&self) -> Result<Ino> {
+        let dir = NewNode {
+            kind: FileKind::Directory,
+            perm: 0o700,
+            umask: 0,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+        };
+        let made = match self.make(Ino::ROOT, LOST_AND_FOUND, &dir, &[]) {
+            Err(Error::Posix(libc::EEXIST)) => self.lookup(Ino::ROOT, LOST_AND_FOUND)?,
+            made => made?,
+        };
+        self.forget(made.ino, 1);
+        Ok(made.ino)
+    }
+}
