@@ -226,6 +226,7 @@ impl World {
         });
         let status = self.mount.take().unwrap().wait().unwrap();
         assert!(status.success(), "{status:?}: {}", self.log());
+        assert!(!self.log().contains("refers to the volume still"));
     }
 
     /// Sends a signal to the mounting process.

@@ -8,7 +8,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Weak;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 const NAME: &str = "control";
@@ -19,12 +21,24 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Longest answer that is read, in bytes.
 const ANSWER_MAX: u64 = 64 << 10;
 
-/// Removes the socket when the mount ends.
-pub(super) struct Control(PathBuf);
+/// Answers until it is dropped; then the socket is removed, and nothing here refers to the volume any more.
+pub(super) struct Control {
+    path: PathBuf,
+    listener: UnixListener,
+    is_stopping: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
+        self.is_stopping.store(true, Ordering::Release);
+        // Wakes the thread that waits in accept(2).
+        if let Err(error) = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both) {
+            tracing::warn!(%error, "the control socket stays open");
+        } else if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread of the control socket panicked");
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
             tracing::warn!(%error, "the control socket stays behind");
         }
     }
@@ -47,8 +61,14 @@ pub(super) fn start(
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     let mountpoint = mountpoint.to_owned();
     let facts = facts(dir, superblock);
+    let is_stopping = Arc::new(AtomicBool::new(false));
+    let is_over = Arc::clone(&is_stopping);
+    let heard = listener.try_clone().map_err(failed)?;
     let answer = move || {
-        for stream in listener.incoming() {
+        for stream in heard.incoming() {
+            if is_over.load(Ordering::Acquire) {
+                return;
+            }
             let Some(volume) = volume.upgrade() else { return };
             let mut stream = match stream {
                 Ok(stream) => stream,
@@ -68,11 +88,16 @@ pub(super) fn start(
             }
         }
     };
-    std::thread::Builder::new()
+    let thread = std::thread::Builder::new()
         .name("control".to_owned())
         .spawn(answer)
         .map_err(failed)?;
-    Ok(Control(path))
+    Ok(Control {
+        path,
+        listener,
+        is_stopping,
+        thread: Some(thread),
+    })
 }
 
 /// Asks the mount of the volume in `dir`; `None` if it is not mounted.

@@ -101,6 +101,9 @@ fn serve(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     let closed = volume
         .close()
         .map_err(|error| format!("what was written last may be lost: {error}"));
+    if Arc::into_inner(volume).is_none() {
+        tracing::warn!("something refers to the volume still");
+    }
     served.and(closed)
 }
 

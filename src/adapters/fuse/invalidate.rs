@@ -8,6 +8,7 @@ use fuser::{Errno, INodeNo, Notifier, ReplyLseek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 /// Searches for data or holes that may wait to be laundered.
 const LAUNDRY_MAX: usize = 256;
@@ -67,17 +68,18 @@ pub(super) struct Laundry {
 }
 
 impl Laundry {
-    /// Starts the thread. It ends with the last sender.
-    pub(super) fn start(volume: Arc<Volume>, notifier: Notifier) -> std::io::Result<Self> {
+    /// Starts the thread, which holds the volume. It ends with the last sender.
+    pub(super) fn start(volume: Arc<Volume>, notifier: Notifier) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (sender, searches) = sync_channel(LAUNDRY_MAX);
         let for_thread = notifier.clone();
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("laundry".to_owned())
             .spawn(move || launder(&volume, &for_thread, &searches))?;
-        Ok(Self {
+        let laundry = Self {
             searches: sender,
             notifier,
-        })
+        };
+        Ok((laundry, thread))
     }
 
     /// Has the kernel ask for an inode's attributes again. That touches no page and waits for no request, so that it may

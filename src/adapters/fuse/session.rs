@@ -39,6 +39,7 @@ pub struct Mounted {
     place: Unmounter,
     serving: JoinHandle<Result<()>>,
     laundry: Arc<RwLock<Option<Laundry>>>,
+    laundering: JoinHandle<()>,
 }
 
 /// Ends one mount, and nothing else that may have come to lie on its mount point.
@@ -142,7 +143,8 @@ impl Mounted {
         config.acl = SessionACL::All;
         let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
         volume.set_observer(Arc::new(Purger(session.notifier())));
-        *laundry.write() = Some(Laundry::start(Arc::clone(volume), session.notifier())?);
+        let (cleaner, laundering) = Laundry::start(Arc::clone(volume), session.notifier())?;
+        *laundry.write() = Some(cleaner);
         let broken = (Arc::clone(breaker), Arc::clone(volume), Arc::clone(&laundry));
         let serving = std::thread::Builder::new()
             .name("serve".to_owned())
@@ -161,6 +163,7 @@ impl Mounted {
             place,
             serving,
             laundry,
+            laundering,
         };
         // Goes through the kernel to our own loops: the mount answers. If they never began it was undone, and what lay below
         // answers instead.
@@ -185,8 +188,11 @@ impl Mounted {
             .serving
             .join()
             .map_err(|_| Error::other("the session panicked"))?;
-        // Ends the laundry, which holds the volume.
+        // Ends the laundry. Nothing may hold the volume when the process ends: RocksDB's threads would find its mutexes gone.
         *self.laundry.write() = None;
+        if self.laundering.join().is_err() {
+            tracing::error!("the laundry panicked");
+        }
         ended
     }
 
