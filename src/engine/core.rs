@@ -26,6 +26,7 @@ use std::fs::File;
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
 
 /// The parts of an open volume.
@@ -48,6 +49,8 @@ pub(crate) struct Core {
     pub(crate) rename: Mutex<()>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) observer: Mutex<Option<Arc<dyn CacheObserver>>>,
+    /// Whether slot files may hold what an unclean stop left.
+    pub(crate) is_unswept: AtomicBool,
     /// What the seal file says.
     pub(crate) sealed: Mutex<Seq>,
     /// Wakes the thread that publishes, drains and reclaims.

@@ -34,6 +34,7 @@ mod seal;
 mod slots;
 mod staged;
 mod store;
+mod sweep;
 mod table;
 mod types;
 mod upkeep;

@@ -21,6 +21,7 @@ use super::orphan::Orphans;
 use super::seal;
 use super::slots::{Slots, sync_dir};
 use super::store::Store;
+use super::sweep::{self, Sweep};
 use super::types::{Domain, FileKind, Ino, NewNode};
 use super::upkeep::{self, Lease, Threads};
 use super::volume::{Options, Volume};
@@ -141,6 +142,8 @@ pub(crate) struct Opened {
     pub(crate) jobs: Receiver<Fetch>,
     /// For the one that renews it.
     pub(crate) lease: Lease,
+    /// What the last mount left to be swept.
+    pub(crate) sweep: Option<Sweep>,
 }
 
 impl Volume {
@@ -179,8 +182,9 @@ impl Volume {
         clock: Arc<dyn Clock>,
     ) -> std::result::Result<Arc<Self>, OpenError> {
         let opened = open_core(dir, options, keys, clock, Writing::Allowed)?;
-        let threads = upkeep::start(&opened.core, opened.jobs, opened.lease, Threads::All)?;
-        Ok(Arc::new(Self::with_threads(opened.core, threads)))
+        let core = Arc::clone(&opened.core);
+        let threads = upkeep::start(opened, Threads::All)?;
+        Ok(Arc::new(Self::with_threads(core, threads)))
     }
 
     pub(crate) fn with_threads(core: Arc<Core>, threads: Vec<JoinHandle<()>>) -> Self {
@@ -222,6 +226,10 @@ pub(crate) fn open_core(
         let sealed = seal::read(dir, admission.keys())?;
         (read_root(&store, admission.keys(), sealed)?, sealed)
     };
+    let sweep = match options.read_only {
+        true => None,
+        false => sweep::begin(dir, &root)?,
+    };
     let (fetches, jobs) = sync_channel(FETCHES_MAX);
     let core = Arc::new(Core {
         committer: Committer::new(Arc::clone(&store), root),
@@ -238,6 +246,7 @@ pub(crate) fn open_core(
         rename: Mutex::new(()),
         clock,
         observer: Mutex::new(None),
+        is_unswept: AtomicBool::new(sweep.is_some()),
         sealed: Mutex::new(sealed),
         upkeep_bell: Bell::default(),
         key_bell: Bell::default(),
@@ -252,7 +261,12 @@ pub(crate) fn open_core(
         access.collect_orphans()?;
     }
     drop(access);
-    Ok(Opened { core, jobs, lease })
+    Ok(Opened {
+        core,
+        jobs,
+        lease,
+        sweep,
+    })
 }
 
 fn take_lock(dir: &Path) -> std::result::Result<File, OpenError> {

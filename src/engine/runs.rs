@@ -99,6 +99,13 @@ impl Runs {
         self.pages.insert(page, loaded);
     }
 
+    /// Whether a run of a loaded page is in use; those of others are taken to be.
+    pub(crate) fn is_used(&self, run: u64) -> bool {
+        self.pages
+            .get(&(run / PAGE_RUNS))
+            .is_none_or(|page| page.used.get(run % PAGE_RUNS))
+    }
+
     /// Takes `wanted` if it is free.
     pub(crate) fn take(&mut self, wanted: u64) -> bool {
         let Some(page) = self.pages.get_mut(&(wanted / PAGE_RUNS)) else {

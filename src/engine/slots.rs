@@ -12,6 +12,7 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// Open slot files kept; more are reopened on use.
 const OPEN_FILES_MAX: usize = 512;
@@ -31,6 +32,8 @@ pub(crate) struct FoundFile {
     pub(crate) ino: Option<Ino>,
     /// What it takes of the host's space.
     pub(crate) allocated_bytes: u64,
+    /// When it was last written.
+    pub(crate) modified: SystemTime,
 }
 
 impl FoundFile {
@@ -39,6 +42,7 @@ impl FoundFile {
             path,
             ino: None,
             allocated_bytes: 0,
+            modified: SystemTime::UNIX_EPOCH,
         }
     }
 }
@@ -142,11 +146,15 @@ impl Slots {
                 let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
                 let ino = u64::from_str_radix(name, 16).ok().map(Ino);
                 match ino.filter(|ino| self.path(*ino) == path && path.is_file()) {
-                    Some(ino) => show(FoundFile {
-                        ino: Some(ino),
-                        allocated_bytes: path.metadata().map_err(failed)?.blocks().saturating_mul(512),
-                        path,
-                    })?,
+                    Some(ino) => {
+                        let metadata = path.metadata().map_err(failed)?;
+                        show(FoundFile {
+                            ino: Some(ino),
+                            allocated_bytes: metadata.blocks().saturating_mul(512),
+                            modified: metadata.modified().map_err(failed)?,
+                            path,
+                        })?;
+                    }
                     None => show(FoundFile::foreign(path))?,
                 }
             }

@@ -5,6 +5,7 @@ use super::bell::Wake;
 use super::core::{Access, Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
+use super::open::Opened;
 use super::seal;
 use super::types::Ino;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,14 +35,15 @@ pub(crate) enum Threads {
 }
 
 /// Starts the threads. Each holds the core until it is stopped.
-pub(crate) fn start(
-    core: &Arc<Core>,
-    fetches: Receiver<Fetch>,
-    lease: Lease,
-    which: Threads,
-) -> Result<Vec<JoinHandle<()>>> {
+pub(crate) fn start(opened: Opened, which: Threads) -> Result<Vec<JoinHandle<()>>> {
+    let Opened {
+        core,
+        jobs,
+        lease,
+        sweep,
+    } = opened;
     let spawn = |name: &str, work: Box<dyn FnOnce(Arc<Core>) + Send>| {
-        let core = Arc::clone(core);
+        let core = Arc::clone(&core);
         std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || work(core))
@@ -51,9 +53,12 @@ pub(crate) fn start(
     if which == Threads::KeysAlone {
         return Ok(threads);
     }
-    threads.push(spawn("fetch", Box::new(move |core| fetch(&core, &fetches)))?);
+    threads.push(spawn("fetch", Box::new(move |core| fetch(&core, &jobs)))?);
     if !core.options.read_only {
         threads.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
+        if let Some(sweep) = sweep {
+            threads.push(spawn("sweep", Box::new(move |core| core.sweep(&sweep)))?);
+        }
     }
     Ok(threads)
 }

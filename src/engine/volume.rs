@@ -4,6 +4,7 @@ use super::core::{Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::KeyState;
 use super::keyservice::CacheObserver;
+use super::sweep;
 use super::types::{
     Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, StatFs,
     Taken,
@@ -70,6 +71,8 @@ pub struct Status {
     pub cached_deks: usize,
     /// Calls made to the KMS, renewals aside.
     pub kms_calls: u64,
+    /// Whether slot files may still hold what an unclean stop left.
+    pub is_unswept: bool,
     /// Whether a log failure has put an end to changes.
     pub failed: bool,
 }
@@ -108,9 +111,12 @@ impl Volume {
         self.stop_threads();
         self.core.forget_all();
         if self.core.options.read_only {
-            Ok(())
-        } else {
-            self.core.put_away()
+            return Ok(());
+        }
+        self.core.put_away()?;
+        match self.core.is_unswept.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => sweep::end(&self.core.dir),
         }
     }
 
@@ -143,6 +149,7 @@ impl Volume {
             active_files: core.active.inodes().len(),
             cached_deks: core.keyring.cached_files(),
             kms_calls: core.keyring.calls(),
+            is_unswept: core.is_unswept.load(Ordering::Acquire),
             failed: core.committer.check().is_err(),
         }
     }

@@ -263,7 +263,7 @@ fn slot_files_are_whole_and_hold_nothing_else() {
     std::fs::write(&stray, noise(2, 4096)).unwrap();
     let foreign = made.fixture.dir().join("data/00/README");
     std::fs::write(&foreign, b"").unwrap();
-    made.expect(&[Fault::Foreign, Fault::LeftOver], &[Fault::Foreign]);
+    made.expect(&[Fault::Foreign, Fault::LeakedSpace], &[Fault::Foreign]);
     assert!(!stray.exists() && foreign.exists());
     std::fs::remove_file(foreign).unwrap();
 

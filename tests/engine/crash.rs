@@ -2,7 +2,7 @@
 
 use crate::support::{FILE, Fixture, content, copy_dir, eventually, files_below, noise};
 use crate::tree;
-use cmkfs::engine::{Ino, OpenError, SetAttr};
+use cmkfs::engine::{CheckOptions, Fault, Ino, OpenError, SetAttr};
 use std::time::Duration;
 
 /// Opens a copy of the volume as it lies on disk now, while it is open: what a kill -9 would leave.
@@ -44,6 +44,49 @@ fn an_overwrite_that_was_not_synced_leaves_the_old_block_or_the_new_one() {
             );
         }
     }
+}
+
+#[test]
+fn space_that_a_crash_left_unnamed_is_given_back_by_the_next_mount() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let kept = volume.make(Ino::ROOT, b"kept", &FILE).unwrap().ino;
+    volume.write(kept, 0, &noise(1, 300_000)).unwrap();
+    let emptied = volume.make(Ino::ROOT, b"emptied", &FILE).unwrap().ino;
+    volume.fsync(kept).unwrap();
+    // Written, and not named by any commit: behind what is, in a file that has nothing yet, in one that is not born.
+    let image = fixture.scratch.path().join("image");
+    copy_dir(&fixture.dir(), &image);
+    volume.write(kept, 1 << 20, &noise(2, 300_000)).unwrap();
+    volume.write(emptied, 0, &noise(3, 300_000)).unwrap();
+    let unborn = volume.make(Ino::ROOT, b"unborn", &FILE).unwrap().ino;
+    volume.write(unborn, 0, &noise(4, 300_000)).unwrap();
+    let data = image.join("data");
+    std::fs::remove_dir_all(&data).unwrap();
+    copy_dir(&fixture.dir().join("data"), &data);
+    volume.close().unwrap();
+    drop(volume);
+
+    let problems = |fixture: &Fixture| {
+        let report = fixture.try_check(CheckOptions::default()).unwrap();
+        let faults = report
+            .problems
+            .into_iter()
+            .map(|problem| (problem.fault, problem.ino.unwrap()));
+        faults.collect::<Vec<_>>()
+    };
+    std::fs::remove_dir_all(fixture.dir()).unwrap();
+    std::fs::rename(&image, fixture.dir()).unwrap();
+    let leaked: Vec<_> = problems(&fixture);
+    assert_eq!(leaked.len(), 3, "{leaked:?}");
+    assert!(leaked.iter().all(|(fault, _)| *fault == Fault::LeakedSpace));
+    let volume = fixture.open();
+    eventually(|| !volume.status().is_unswept);
+    assert_eq!(content(&volume, kept).unwrap(), noise(1, 300_000));
+    volume.close().unwrap();
+    drop(volume);
+    assert_eq!(problems(&fixture), []);
+    assert!(!fixture.dir().join("unclean").exists());
 }
 
 #[test]

@@ -155,6 +155,7 @@ fn state(volume: &Volume, mountpoint: &Path, mut facts: Value) -> Value {
         "active_files": status.active_files,
         "cached_deks": status.cached_deks,
         "kms_calls": status.kms_calls,
+        "unswept": status.is_unswept,
         "failed": status.failed,
     });
     if let (Some(all), Value::Object(more)) = (facts.as_object_mut(), state) {

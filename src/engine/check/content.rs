@@ -246,7 +246,7 @@ impl Check<'_> {
             let detail = format!("its slot file ends at {length}, content at {}", file.slots_end);
             self.found(Fault::Missing, Some(ino), detail, None);
         }
-        let leaked = leaked_runs(&slots, &file.used)?;
+        let leaked = leaked_runs(&slots, |run| file.used.contains(run))?;
         if !leaked.is_empty() {
             let detail = format!("{} runs of its slot file hold what nothing names", leaked.len());
             self.found(
@@ -304,11 +304,11 @@ impl Check<'_> {
 }
 
 /// Runs in which the host's file has data, and which are not in use.
-pub(super) fn leaked_runs(slots: &SlotFile, used: &RunSet) -> Result<Vec<u64>> {
+pub(crate) fn leaked_runs(slots: &SlotFile, is_used: impl Fn(u64) -> bool) -> Result<Vec<u64>> {
     let mut leaked = Vec::new();
     let mut run = 0;
     while let Some(next) = slots.next_run_with_data(run)? {
-        if !used.contains(next) {
+        if !is_used(next) {
             leaked.push(next);
         }
         run = next.saturating_add(1);

@@ -12,6 +12,7 @@ mod report;
 mod scrub;
 mod slotfiles;
 
+pub(crate) use content::leaked_runs;
 pub use report::{Counts, Event, Fault, Problem, Report};
 
 use super::clock::Clock;
@@ -60,8 +61,8 @@ impl Volume {
         let opened = open_core(dir, engine, keys, clock, writing)?;
         let core = Arc::clone(&opened.core);
         // A check may outlast the lease by hours; and a key that is revoked meanwhile ends it.
-        let threads = upkeep::start(&opened.core, opened.jobs, opened.lease, Threads::KeysAlone)?;
-        let volume = Self::with_threads(opened.core, threads);
+        let threads = upkeep::start(opened, Threads::KeysAlone)?;
+        let volume = Self::with_threads(Arc::clone(&core), threads);
         let outcome = run(&core, options, watch);
         let closed = volume.close();
         let report = outcome?;

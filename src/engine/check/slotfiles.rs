@@ -40,7 +40,12 @@ impl Check<'_> {
                 }
                 _ => {
                     let detail = "a slot file of no inode".to_owned();
-                    self.found(Fault::LeftOver, Some(ino), detail, Some(Fix::RemoveSlotFile(ino)));
+                    self.found(
+                        Fault::LeakedSpace,
+                        Some(ino),
+                        detail,
+                        Some(Fix::RemoveSlotFile(ino)),
+                    );
                 }
             }
             Ok(())
