@@ -1,0 +1,74 @@
+//! Power cuts, simulated: a disk that records every write and flush, a loop device on it, ext4 on that, and on that a
+//! volume and its keystore under a random workload. Then the disk as it may have been at any moment is made again, mounted,
+//! and compared with what had been acknowledged.
+//!
+//! `POWERCUT_WORKLOADS`, `POWERCUT_STATES` (of each) and `POWERCUT_SEED` say how much is tried, and where to begin.
+
+// clippy.toml permits these in functions marked #[test] alone; here everything is a test, or helps one.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+
+mod disk;
+mod machine;
+mod oracle;
+mod random;
+mod workload;
+
+use disk::{Disk, Image};
+use machine::Machine;
+use oracle::{History, Violation};
+use random::Random;
+use std::sync::Arc;
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |value| value.parse().unwrap())
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_power_cut() {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test attaches loop devices and mounts: run it as root"
+    );
+    let (workloads, states) = (setting("POWERCUT_WORKLOADS", 4), setting("POWERCUT_STATES", 6));
+    let first_seed = setting("POWERCUT_SEED", 1);
+    let base = Machine::base_image();
+    let mut violations = Vec::new();
+    let mut tried = 0;
+    for seed in first_seed..first_seed + workloads {
+        let mut random = Random::new(seed);
+        let (history, recorded) = workload::run(&base, &mut random);
+        for _ in 0..states {
+            let cut = recorded.random_cut(&mut random);
+            tried += 1;
+            if let Err(violation) = survive(&cut.image, &history, cut.length) {
+                println!("workload {seed}, power cut at write {}: {violation}", cut.length);
+                println!("{history}");
+                violations.push((seed, violation));
+            }
+        }
+        println!(
+            "workload {seed}: {} operations, {} writes",
+            history.len(),
+            recorded.len()
+        );
+    }
+    println!(
+        "{tried} power cuts in {workloads} workloads, {} violations",
+        violations.len()
+    );
+    assert!(violations.is_empty());
+}
+
+/// Starts the machine again on what the disk holds, and compares.
+fn survive(image: &Arc<Image>, history: &History, length: usize) -> Result<(), Violation> {
+    let machine = Machine::boot(Disk::new(Arc::clone(image)))?;
+    let outcome = machine
+        .start_kmsd()
+        .and_then(|()| machine.mount())
+        .and_then(|()| machine.observe(history))
+        .and_then(|seen| history.check(length, &seen))
+        .and_then(|()| machine.unmount())
+        .and_then(|()| machine.fsck());
+    machine.shut_down();
+    outcome
+}

@@ -1,0 +1,191 @@
+//! A few operations on a few files, some of them persisting: most bugs of crash safety need no more than three and one
+//! fsync(2) (Mohan et al., OSDI 2018).
+
+use crate::disk::{Disk, Image, Recorded};
+use crate::machine::Machine;
+use crate::oracle::{History, Op};
+use crate::random::Random;
+use rustix::fs::{CWD, FallocateFlags, RenameFlags};
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Where files may be.
+pub const PATHS: [&str; 6] = ["A", "B", "d/C", "d/D", "e/E", "e/F"];
+const DIRECTORIES: [&str; 3] = ["", "d", "e"];
+const STEPS_MAX: u64 = 24;
+
+/// The files there are in the beginning.
+pub fn initial() -> [(&'static str, Vec<u8>); 2] {
+    [
+        ("A", Random::new(100).bytes(9000)),
+        ("d/C", Random::new(101).bytes(300_000)),
+    ]
+}
+
+pub fn prepare(mnt: &Path) {
+    fs::create_dir(mnt.join("d")).unwrap();
+    fs::create_dir(mnt.join("e")).unwrap();
+    for (path, data) in initial() {
+        fs::write(mnt.join(path), data).unwrap();
+    }
+}
+
+/// Runs a random workload; what was done, and what reached the disk.
+pub fn run(base: &Arc<Image>, random: &mut Random) -> (History, Recorded) {
+    let machine = Machine::boot(Disk::new(Arc::clone(base))).unwrap();
+    machine.start_kmsd().unwrap();
+    machine.mount().unwrap();
+    let mut history = History::new();
+    for _ in 0..4 + random.below(STEPS_MAX) {
+        let op = choose(&history, random);
+        let start = machine.disk.position();
+        perform(&machine, &op);
+        history.note(op, start, machine.disk.position());
+    }
+    // Some of what was not synced is written by timers.
+    if random.one_in(2) {
+        std::thread::sleep(std::time::Duration::from_millis(random.below(400)));
+    }
+    let recorded = machine.disk.recorded(Arc::clone(base));
+    machine.shut_down();
+    (history, recorded)
+}
+
+fn range(random: &mut Random) -> (u64, usize) {
+    let offset = *random.pick(&[0, 1, 4095, 4096, 9000, 32_768, 40_000, 131_072, 200_000]);
+    let length = *random.pick(&[1, 100, 4096, 5000, 8192, 33_000, 131_072, 140_000]);
+    (offset, length)
+}
+
+fn choose(history: &History, random: &mut Random) -> Op {
+    let (there, free): (Vec<&str>, Vec<&str>) = PATHS.iter().partition(|path| history.exists(path));
+    let some = |random: &mut Random| (*random.pick(&there)).to_owned();
+    loop {
+        let can_add = !free.is_empty();
+        let can_remove = there.len() > 1;
+        return match random.below(24) {
+            0 | 1 if can_add => Op::Create((*random.pick(&free)).to_owned()),
+            2..=6 => {
+                let (offset, length) = range(random);
+                let data = random.bytes(length);
+                let is_sync = random.one_in(4);
+                Op::Write {
+                    path: some(random),
+                    offset,
+                    data,
+                    is_sync,
+                }
+            }
+            7 => {
+                let (offset, length) = range(random);
+                Op::Truncate(some(random), (offset + length as u64) / 2)
+            }
+            8 => {
+                let (offset, length) = range(random);
+                Op::Punch(some(random), offset, length as u64)
+            }
+            9 | 10 => Op::Fsync(some(random)),
+            11 => Op::Fdatasync(some(random)),
+            12 | 13 => Op::SyncDir((*random.pick(&DIRECTORIES)).to_owned()),
+            14 if can_add => Op::Link(some(random), (*random.pick(&free)).to_owned()),
+            15 if can_remove => Op::Unlink(some(random)),
+            16..=18 => {
+                let (from, to) = (some(random), (*random.pick(&PATHS)).to_owned());
+                if history.is_same(&from, &to) {
+                    continue;
+                }
+                Op::Rename(from, to)
+            }
+            19 if can_remove => {
+                let (one, other) = (some(random), some(random));
+                if history.is_same(&one, &other) {
+                    continue;
+                }
+                Op::Exchange(one, other)
+            }
+            20 => {
+                let path = some(random);
+                let size = history.content(&path).len();
+                if size == 0 {
+                    continue;
+                }
+                let offset = random.below(size as u64) as usize;
+                let length = (size - offset).min(5000);
+                Op::Mmap(path, offset, random.bytes(length))
+            }
+            21 => Op::Key(random.one_in(2)),
+            _ => continue,
+        };
+    }
+}
+
+fn perform(machine: &Machine, op: &Op) {
+    let mnt = machine.mnt();
+    let writer = |path: &str| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(mnt.join(path))
+            .unwrap()
+    };
+    match op {
+        Op::Create(path) => drop(File::create_new(mnt.join(path)).unwrap()),
+        Op::Write {
+            path,
+            offset,
+            data,
+            is_sync,
+        } => {
+            let mut options = OpenOptions::new();
+            options.write(true);
+            if *is_sync {
+                options.custom_flags(libc::O_SYNC);
+            }
+            let file = options.open(mnt.join(path)).unwrap();
+            file.write_all_at(data, *offset).unwrap();
+        }
+        Op::Truncate(path, size) => writer(path).set_len(*size).unwrap(),
+        Op::Punch(path, offset, length) => {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(writer(path), flags, *offset, *length).unwrap();
+        }
+        Op::Fsync(path) => writer(path).sync_all().unwrap(),
+        Op::Fdatasync(path) => writer(path).sync_data().unwrap(),
+        Op::SyncDir(path) => File::open(mnt.join(path)).unwrap().sync_all().unwrap(),
+        Op::Link(from, to) => fs::hard_link(mnt.join(from), mnt.join(to)).unwrap(),
+        Op::Unlink(path) => fs::remove_file(mnt.join(path)).unwrap(),
+        Op::Rename(from, to) => fs::rename(mnt.join(from), mnt.join(to)).unwrap(),
+        Op::Exchange(one, other) => {
+            let (one, other) = (mnt.join(one), mnt.join(other));
+            rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
+        }
+        Op::Mmap(path, offset, data) => write_through_mapping(&writer(path), *offset, data),
+        Op::Key(is_enabled) => {
+            let operation = if *is_enabled { "enable-key" } else { "disable-key" };
+            machine.kmsctl(&[operation, "--key-id", "alias/other"]).unwrap();
+        }
+    }
+}
+
+fn write_through_mapping(file: &File, offset: usize, data: &[u8]) {
+    let length = offset + data.len();
+    // SAFETY: nothing truncates the file while it is mapped, and the mapping is not used after munmap.
+    unsafe {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let at = libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            access,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        );
+        assert_ne!(at, libc::MAP_FAILED);
+        std::slice::from_raw_parts_mut(at.cast::<u8>(), length)[offset..].copy_from_slice(data);
+        assert_eq!(libc::msync(at, length, libc::MS_SYNC), 0);
+        assert_eq!(libc::munmap(at, length), 0);
+    }
+}
