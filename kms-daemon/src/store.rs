@@ -219,6 +219,11 @@ impl Store {
         Ok(())
     }
 
+    /// Closes the database until [`Self::reopen`].
+    pub fn close(&self) {
+        drop(self.db.write().take());
+    }
+
     /// Whether it could not be opened again after a failure.
     #[must_use]
     pub fn is_closed(&self) -> bool {

@@ -215,9 +215,8 @@ impl Engine {
         next.revision += 1;
         let state = next.state();
         let build = put(&next);
-        if effect == Effect::Restrictive {
-            self.unstored.lock().insert(id);
-        }
+        // Until it is known to be stored: a batch that failed may have come back all the same.
+        self.unstored.lock().insert(id);
         self.commit(call, trail, effect, build, |revocation_epoch| {
             *row = next;
             if state != KeyState::Enabled {

@@ -212,10 +212,10 @@ impl Engine {
         build: impl Fn(&mut Change<'_>) -> Result<(), StoreError>,
         apply: impl FnOnce(u64),
     ) -> Result<(), KmsError> {
+        let mut manifest = self.manifest.lock();
         if effect == Effect::Other {
             self.audit.probe().map_err(unrecorded)?;
         }
-        let mut manifest = self.manifest.lock();
         let mut written = self.write_change(call, trail, &manifest, effect, &build);
         if let Err(error) = &written
             && self.recover(effect, error, &mut manifest)
@@ -324,6 +324,8 @@ impl Engine {
             }
             Err(error) => {
                 tracing::error!(%error, "the key store cannot be opened; the next change tries again");
+                // Without its manifest no row of it means anything.
+                self.store.close();
                 false
             }
         }
