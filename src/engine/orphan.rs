@@ -64,6 +64,11 @@ impl Core {
         outcome
     }
 
+    /// Lets only those be reclaimed that `is_sure`.
+    pub(crate) fn reclaim_only(&self, is_sure: impl Fn(Ino) -> bool) {
+        self.orphans.waiting.lock().retain(|ino| is_sure(*ino));
+    }
+
     /// The kernel is gone, and every reference of its with it.
     pub(crate) fn forget_all(&self) {
         self.nodes.forget_all();
@@ -78,8 +83,13 @@ impl Access<'_> {
         let (from, to) = rowkey::all(Domain::FIRST, rowkey::Kind::Orphan);
         self.store.scan(Family::Meta, &from, &to, |key, sealed| {
             let ino = Ino(rowkey::last_number(key).unwrap_or_default());
-            self.open_row(ino, key, sealed)?;
-            self.orphans.waiting.lock().insert(ino);
+            match self.open_row(ino, key, sealed) {
+                Ok(_) => drop(self.orphans.waiting.lock().insert(ino)),
+                // Whether it has a name is for fsck.
+                Err(error) => {
+                    tracing::error!(inode = ino.0, %error, "the mark of an unlinked inode is damaged")
+                }
+            }
             Ok(true)
         })
     }

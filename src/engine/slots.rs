@@ -137,24 +137,30 @@ impl Slots {
             let paths = entries.map(|entry| entry.map(|entry| entry.path()).map_err(failed));
             paths.collect()
         };
+        let is_shard = |dir: &Path| {
+            let name = dir.file_name().and_then(OsStr::to_str).unwrap_or_default();
+            name.len() == 2 && u8::from_str_radix(name, 16).is_ok() && dir.is_dir()
+        };
         for shard in list(&self.dir)? {
-            if !shard.is_dir() {
+            if !is_shard(&shard) {
                 show(FoundFile::foreign(shard))?;
                 continue;
             }
             for path in list(&shard)? {
                 let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
                 let ino = u64::from_str_radix(name, 16).ok().map(Ino);
-                match ino.filter(|ino| self.path(*ino) == path && path.is_file()) {
-                    Some(ino) => {
-                        let metadata = path.metadata().map_err(failed)?;
-                        show(FoundFile {
-                            ino: Some(ino),
-                            allocated_bytes: metadata.blocks().saturating_mul(512),
-                            modified: metadata.modified().map_err(failed)?,
-                            path,
-                        })?;
-                    }
+                let metadata = match path.symlink_metadata() {
+                    // Removed since it was listed.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                    metadata => metadata.map_err(failed)?,
+                };
+                match ino.filter(|ino| self.path(*ino) == path && metadata.is_file()) {
+                    Some(ino) => show(FoundFile {
+                        ino: Some(ino),
+                        allocated_bytes: metadata.blocks().saturating_mul(512),
+                        modified: metadata.modified().map_err(failed)?,
+                        path,
+                    })?,
                     None => show(FoundFile::foreign(path))?,
                 }
             }

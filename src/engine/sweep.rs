@@ -1,15 +1,17 @@
 //! After an unclean stop: content may lie in slot files that no commit came to name, in files that were never born among
 //! them. It is looked for in the background, and its space given back.
 //!
-//! `VOLUME/unclean` is there while the volume is open for writing, and until a sweep is complete. It holds nothing, and
-//! whoever removes it gains nothing: space alone is at stake.
+//! What a chunk record names, or the bitmap, or memory, is never touched, nor what belongs to an inode that is not durably
+//! gone. Where these disagree, or are damaged, the file is left for fsck.
+//!
+//! `VOLUME/unclean` is there while the volume is open for writing, and until a sweep is complete.
 
-use super::check::leaked_runs;
 use super::core::{Access, Core};
 use super::error::{Error, Result};
 use super::format::root::RootRecord;
+use super::format::rowkey::{self, Family};
 use super::publish::Publishing;
-use super::runs::PAGE_RUNS;
+use super::runs::{PAGE_RUNS, RunSet};
 use super::slots::{FoundFile, sync_dir};
 use super::types::Ino;
 use std::fs::File;
@@ -19,7 +21,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 const NAME: &str = "unclean";
-/// Slot files older than the seal file by this much hold nothing that was under way: all of it was published before.
+/// Slot files older than the mark by this much were written by mounts that ended well.
 const MARGIN: Duration = Duration::from_secs(60);
 
 /// What is to be swept.
@@ -31,13 +33,15 @@ pub(crate) struct Sweep {
     since: SystemTime,
 }
 
-/// Marks the volume as open. What is to be swept, if it was not closed the last time.
+/// Marks the volume as open. What is to be swept, if it was not closed the last time: the mark is as old as the first mount
+/// that was not.
 pub(crate) fn begin(dir: &Path, root: &RootRecord) -> Result<Option<Sweep>> {
-    match File::create_new(dir.join(NAME)) {
+    let path = dir.join(NAME);
+    match File::create_new(&path) {
         Ok(_) => sync_dir(dir).map(|()| None),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            let sealed = std::fs::metadata(dir.join(super::seal::NAME)).and_then(|seal| seal.modified());
-            let since = sealed.ok().and_then(|sealed| sealed.checked_sub(MARGIN));
+            let marked = std::fs::metadata(&path).and_then(|mark| mark.modified());
+            let since = marked.ok().and_then(|marked| marked.checked_sub(MARGIN));
             Ok(Some(Sweep {
                 born_before: root.ino_limit,
                 since: since.unwrap_or(SystemTime::UNIX_EPOCH),
@@ -58,59 +62,130 @@ pub(crate) fn end(dir: &Path) -> Result<()> {
 }
 
 impl Core {
-    /// Sweeps every slot file, unless the volume is closed before.
+    /// Sweeps every slot file, unless the volume is closed or goes dark before.
     pub(crate) fn sweep(&self, sweep: &Sweep) {
-        let mut given_back = 0_u64;
         let swept = self.slots.each_file(|file| {
-            if self.key_bell.is_stopped() {
-                return Err(Error::Posix(libc::EINTR));
-            }
+            self.go_on_sweeping()?;
             match file.ino.filter(|_| file.modified >= sweep.since) {
-                Some(ino) if ino.0 < sweep.born_before => {
-                    given_back += self.drain()?.sweep_file(ino, &file)?;
-                    Ok(())
-                }
+                Some(ino) if ino.0 < sweep.born_before => match self.sweep_file(ino, &file) {
+                    // Damage is for fsck.
+                    Err(error @ Error::Corrupt { .. }) => {
+                        tracing::warn!(inode = ino.0, %error, "a slot file is not swept");
+                        Ok(())
+                    }
+                    swept => swept,
+                },
                 _ => Ok(()),
             }
         });
         match swept {
-            Ok(()) => {
-                self.is_unswept.store(false, Ordering::Release);
-                tracing::info!(bytes = given_back, "swept after an unclean stop");
-            }
+            Ok(()) => self.is_unswept.store(false, Ordering::Release),
             Err(error) => tracing::info!(%error, "the next mount sweeps again"),
         }
+    }
+
+    fn go_on_sweeping(&self) -> Result<()> {
+        if self.key_bell.is_stopped() {
+            return Err(Error::Posix(libc::EINTR));
+        }
+        // After a failed sync nobody knows which commits will be there.
+        self.committer.check()
+    }
+
+    /// Gives back what nothing names in a slot file.
+    fn sweep_file(&self, ino: Ino, file: &FoundFile) -> Result<()> {
+        let Some(named) = self.drain()?.named_runs(ino)? else {
+            return self.sweep_unborn(ino, file);
+        };
+        let slots = match self.slots.existing(ino) {
+            // Removed since.
+            Err(Error::Corrupt { .. }) => return Ok(()),
+            slots => slots?,
+        };
+        let mut unnamed = Vec::new();
+        let mut run = 0;
+        while let Some(next) = slots.next_run_with_data(run)? {
+            self.go_on_sweeping()?;
+            if !named.contains(next) {
+                unnamed.push(next);
+            }
+            run = next.saturating_add(1);
+        }
+        drop(slots);
+        if unnamed.is_empty() {
+            return Ok(());
+        }
+        self.drain()?.give_back(ino, &unnamed)
+    }
+
+    /// Removes the slot file of an inode that is not there: never born, or gone. One that is gone in memory alone may come
+    /// back with a crash: first that is made durable.
+    fn sweep_unborn(&self, ino: Ino, file: &FoundFile) -> Result<()> {
+        self.committer.sync_to(self.committer.committed())?;
+        let access = self.drain()?;
+        let is_anything = access.stored_record(ino)?.is_some()
+            || access.store.get(Family::Meta, &rowkey::orphan(ino))?.is_some()
+            || access.has_chunks(ino)?;
+        if is_anything {
+            return Ok(());
+        }
+        tracing::info!(
+            inode = ino.0,
+            bytes = file.allocated_bytes,
+            "removed a slot file of no inode"
+        );
+        self.slots.remove(ino)
     }
 }
 
 impl Access<'_> {
-    /// Gives back what nothing names in a slot file; how many bytes.
-    fn sweep_file(&self, ino: Ino, file: &FoundFile) -> Result<u64> {
-        let node = match self.node(ino) {
-            Ok(node) => node,
-            // Never born, or gone: no inode has this number again.
-            Err(Error::Posix(libc::ESTALE)) => {
-                self.slots.remove(ino)?;
-                return Ok(file.allocated_bytes);
+    /// The runs that an inode's chunk records name; `None` if there is no such inode.
+    fn named_runs(&self, ino: Ino) -> Result<Option<RunSet>> {
+        if self.stored_record(ino)?.is_none() {
+            return Ok(None);
+        }
+        let mut named = RunSet::default();
+        let (from, to) = (rowkey::chunk(ino, 0), rowkey::chunk(ino, u64::MAX));
+        self.store.scan(Family::Meta, &from, &to, |key, sealed| {
+            self.keyring.go_on()?;
+            if let Some(run) = self.open_chunk(ino, key, sealed)?.run {
+                named.insert(run);
             }
-            // Damage is for fsck.
-            Err(Error::Corrupt { .. }) => return Ok(0),
-            Err(error) => return Err(error),
+            Ok(true)
+        })?;
+        Ok(Some(named))
+    }
+
+    fn has_chunks(&self, ino: Ino) -> Result<bool> {
+        let mut has_any = false;
+        let (from, to) = (rowkey::chunk(ino, 0), rowkey::chunk(ino, u64::MAX));
+        self.store.scan(Family::Meta, &from, &to, |_, _| {
+            has_any = true;
+            Ok(false)
+        })?;
+        Ok(has_any)
+    }
+
+    /// Punches those of the runs that are not in use. What was named since they were found is; what was freed since, by a
+    /// commit that may not be durable, still is.
+    fn give_back(&self, ino: Ino, runs: &[u64]) -> Result<()> {
+        let node = match self.node(ino) {
+            Err(Error::Posix(libc::ESTALE)) => return Ok(()),
+            node => node?,
         };
         let _right = Publishing::begin(&node);
         let mut state = node.state.write();
-        if !state.file.has_slot_file {
-            self.slots.remove(ino)?;
-            return Ok(file.allocated_bytes);
-        }
         let slots = self.slots.existing(ino)?;
-        for page in 0..=slots.length()? / (PAGE_RUNS * super::format::chunk::CHUNK as u64) {
-            self.load_run_page(&node, &mut state, page)?;
+        let mut count = 0_u64;
+        for run in runs {
+            self.keyring.go_on()?;
+            self.load_run_page(&node, &mut state, run / PAGE_RUNS)?;
+            if !state.file.runs.is_used(*run) {
+                slots.punch(*run)?;
+                count += 1;
+            }
         }
-        let leaked = leaked_runs(&slots, |run| state.file.runs.is_used(run))?;
-        for run in &leaked {
-            slots.punch(*run)?;
-        }
-        Ok(leaked.len() as u64 * super::format::chunk::CHUNK as u64)
+        tracing::info!(inode = ino.0, runs = count, "gave back what no commit named");
+        Ok(())
     }
 }

@@ -90,6 +90,34 @@ fn space_that_a_crash_left_unnamed_is_given_back_by_the_next_mount() {
 }
 
 #[test]
+fn what_chunks_name_is_swept_by_no_mount_whatever_else_is_lost() {
+    for kind in [b'B', b'I'] {
+        let fixture = Fixture::new();
+        let volume = fixture.open();
+        let ino = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+        volume.write(ino, 0, &noise(1, 300_000)).unwrap();
+        volume.close().unwrap();
+        drop(volume);
+        let slots = files_below(&fixture.dir().join("data")).pop().unwrap();
+        let before = std::fs::read(&slots).unwrap();
+        // As after a crash, and a record is gone.
+        std::fs::write(fixture.dir().join("unclean"), b"").unwrap();
+        {
+            let options = rocksdb::Options::default();
+            let db = rocksdb::DB::open_cf(&options, fixture.dir().join("meta"), ["meta", "content"]).unwrap();
+            let key = [&[0, 0, kind][..], &ino.0.to_be_bytes()].concat();
+            let end = [&key[..], &[0xff; 9]].concat();
+            db.delete_range_cf(db.cf_handle("meta").unwrap(), key, end)
+                .unwrap();
+        }
+        let volume = fixture.open();
+        eventually(|| !volume.status().is_unswept);
+        volume.close().unwrap();
+        assert!(std::fs::read(&slots).unwrap() == before);
+    }
+}
+
+#[test]
 fn many_rounds_of_overwriting_draining_and_crashing_lose_nothing_that_was_synced() {
     let fixture = Fixture::new();
     let mut expected = noise(0, 600_000);
