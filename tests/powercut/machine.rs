@@ -1,7 +1,7 @@
 //! A machine with that disk: ext4 on a loop device, kmsd and cmkfs on it. It is taken down whatever happens.
 
 use crate::disk::{Disk, FILE_NAME, Image};
-use crate::oracle::{History, Seen, Violation, failed};
+use crate::oracle::{Seen, Violation, failed};
 use fuser::BackgroundSession;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -211,11 +211,11 @@ impl Machine {
     }
 
     /// What the volume, and the other key, are found to be.
-    pub fn observe(&self, history: &History) -> Result<Seen, Violation> {
+    pub fn observe(&self) -> Result<Seen, Violation> {
         let described = self.kmsctl(&["describe-key", "--key-id", "alias/other"])?;
         let described: serde_json::Value = serde_json::from_str(&described).unwrap();
         let state = described["KeyMetadata"]["KeyState"].as_str().unwrap().to_owned();
-        history.observe(&self.mnt(), state)
+        Seen::of(&self.mnt(), state)
     }
 
     pub fn unmount(&self) -> Result<(), Violation> {

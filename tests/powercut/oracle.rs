@@ -1,6 +1,6 @@
 //! What may be found after a power cut: docs/crash-contract.md, as a program.
 
-use crate::workload::{PATHS, initial};
+use crate::workload::PATHS;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -76,19 +76,29 @@ pub struct Seen {
 }
 
 impl History {
-    pub fn new() -> Self {
-        let files = initial();
-        let names = files
-            .iter()
-            .enumerate()
-            .map(|(id, (path, _))| ((*path).to_owned(), id));
+    /// Begins with what is there, all of which is durable.
+    pub fn beginning_with(seen: Seen) -> Self {
+        let mut inodes = Vec::new();
+        let mut names = Names::new();
+        let mut contents = Vec::new();
+        for (path, (ino, _, data)) in seen.files {
+            let id = inodes
+                .iter()
+                .position(|known| *known == ino)
+                .unwrap_or(inodes.len());
+            if id == inodes.len() {
+                inodes.push(ino);
+                contents.push(vec![(0, data)]);
+            }
+            names.insert(path, id);
+        }
         Self {
             steps: Vec::new(),
-            names: vec![names.collect()],
-            contents: files.into_iter().map(|(_, data)| vec![(0, data)]).collect(),
-            synced: vec![vec![0]; 2],
-            delivered: vec![Vec::new(); 2],
-            keys: vec![(0, true)],
+            names: vec![names],
+            synced: vec![vec![0]; contents.len()],
+            delivered: vec![Vec::new(); contents.len()],
+            contents,
+            keys: vec![(0, seen.key_state == "Enabled")],
         }
     }
 
@@ -178,39 +188,6 @@ impl History {
         let mut content = self.contents[id].last().unwrap().1.clone();
         change(&mut content);
         self.contents[id].push((state, content));
-    }
-
-    /// Reads everything in the mounted volume.
-    pub fn observe(&self, mnt: &Path, key_state: String) -> Result<Seen, Violation> {
-        let mut files = BTreeMap::new();
-        for dir in ["", "d", "e"] {
-            let entries =
-                std::fs::read_dir(mnt.join(dir)).map_err(|error| failed(format!("/{dir}: {error}")))?;
-            for entry in entries {
-                let entry = entry.map_err(|error| failed(format!("/{dir}: {error}")))?;
-                let path = Path::new(dir)
-                    .join(entry.file_name())
-                    .to_str()
-                    .unwrap()
-                    .to_owned();
-                let metadata = entry
-                    .metadata()
-                    .map_err(|error| failed(format!("{path}: {error}")))?;
-                if metadata.is_dir() {
-                    continue;
-                }
-                let data = std::fs::read(entry.path()).map_err(|error| failed(format!("{path}: {error}")))?;
-                if data.len() as u64 != metadata.len() || !PATHS.contains(&path.as_str()) {
-                    return Err(failed(format!(
-                        "{path}: {} bytes of {}",
-                        data.len(),
-                        metadata.len()
-                    )));
-                }
-                files.insert(path, (metadata.ino(), metadata.nlink(), data));
-            }
-        }
-        Ok(Seen { files, key_state })
     }
 
     /// Whether what is seen may be there if power failed when `length` writes and flushes had been sent to the disk.
@@ -304,6 +281,41 @@ impl History {
                 .map_err(|violation| failed(format!("{path}, durable since state {least}: {violation}")))?;
         }
         Ok(())
+    }
+}
+
+impl Seen {
+    /// Reads everything in the mounted volume.
+    pub fn of(mnt: &Path, key_state: String) -> Result<Self, Violation> {
+        let mut files = BTreeMap::new();
+        for dir in ["", "d", "e"] {
+            let entries =
+                std::fs::read_dir(mnt.join(dir)).map_err(|error| failed(format!("/{dir}: {error}")))?;
+            for entry in entries {
+                let entry = entry.map_err(|error| failed(format!("/{dir}: {error}")))?;
+                let path = Path::new(dir)
+                    .join(entry.file_name())
+                    .to_str()
+                    .unwrap()
+                    .to_owned();
+                let metadata = entry
+                    .metadata()
+                    .map_err(|error| failed(format!("{path}: {error}")))?;
+                if metadata.is_dir() {
+                    continue;
+                }
+                let data = std::fs::read(entry.path()).map_err(|error| failed(format!("{path}: {error}")))?;
+                if data.len() as u64 != metadata.len() || !PATHS.contains(&path.as_str()) {
+                    return Err(failed(format!(
+                        "{path}: {} bytes of {}",
+                        data.len(),
+                        metadata.len()
+                    )));
+                }
+                files.insert(path, (metadata.ino(), metadata.nlink(), data));
+            }
+        }
+        Ok(Self { files, key_state })
     }
 }
 

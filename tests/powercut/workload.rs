@@ -18,7 +18,7 @@ const DIRECTORIES: [&str; 3] = ["", "d", "e"];
 const STEPS_MAX: u64 = 24;
 
 /// The files there are in the beginning.
-pub fn initial() -> [(&'static str, Vec<u8>); 2] {
+fn initial() -> [(&'static str, Vec<u8>); 2] {
     [
         ("A", Random::new(100).bytes(9000)),
         ("d/C", Random::new(101).bytes(300_000)),
@@ -33,12 +33,12 @@ pub fn prepare(mnt: &Path) {
     }
 }
 
-/// Runs a random workload; what was done, and what reached the disk.
+/// Runs a random workload on what a disk holds; what was done, and what reached the disk.
 pub fn run(base: &Arc<Image>, random: &mut Random) -> (History, Recorded) {
     let machine = Machine::boot(Disk::new(Arc::clone(base))).unwrap();
     machine.start_kmsd().unwrap();
     machine.mount().unwrap();
-    let mut history = History::new();
+    let mut history = History::beginning_with(machine.observe().unwrap());
     for _ in 0..4 + random.below(STEPS_MAX) {
         let op = choose(&history, random);
         let start = machine.disk.position();
