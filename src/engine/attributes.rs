@@ -7,6 +7,7 @@ use super::error::{Error, Result};
 use super::format::dirent::Xattr;
 use super::format::inode::InodeRecord;
 use super::format::rowkey::Table;
+use super::layout::check_size;
 use super::node::Node;
 use super::staged::Staged;
 use super::table::{NAME_BYTES_MAX, Search};
@@ -31,6 +32,10 @@ impl Access<'_> {
         if set.kill_suid_sgid {
             self.drop_capabilities(&node)?;
         }
+        if let Some(size) = set.size {
+            self.regular(ino)?;
+            check_size(size)?;
+        }
         if set.size.is_none() || set.perm.is_some() {
             let mut staged = Staged::lock(&[&node]);
             let mut batch = Batch::default();
@@ -41,7 +46,6 @@ impl Access<'_> {
             staged.commit(self, batch)?;
         }
         if let Some(size) = set.size {
-            self.regular(ino)?;
             self.resize(&node, size, |record| apply(record, set, now))?;
         }
         self.attr(ino)

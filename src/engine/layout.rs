@@ -28,9 +28,6 @@ impl Access<'_> {
         size: u64,
         also: impl FnOnce(&mut InodeRecord),
     ) -> Result<()> {
-        if size > FILE_BYTES_MAX {
-            return Err(Error::Posix(libc::EFBIG));
-        }
         let key = if size.is_multiple_of(BLOCK_U64) {
             None
         } else {
@@ -275,6 +272,15 @@ impl Access<'_> {
         }
         Ok(copied)
     }
+}
+
+/// # Errors
+/// EFBIG for a size that no file may have.
+pub(crate) fn check_size(size: u64) -> Result<()> {
+    if size > FILE_BYTES_MAX {
+        return Err(Error::Posix(libc::EFBIG));
+    }
+    Ok(())
 }
 
 /// The blocks that lie wholly within a range of bytes.

@@ -204,7 +204,7 @@ pub(crate) fn open_core(
     writing: Writing,
 ) -> std::result::Result<Opened, OpenError> {
     let superblock = Superblock::read(dir)?;
-    let lock = take_lock(dir)?;
+    let lock = take_lock(dir, writing)?;
     let keyring = Keyring::open(
         keys,
         superblock.volume(),
@@ -269,12 +269,15 @@ pub(crate) fn open_core(
     })
 }
 
-fn take_lock(dir: &Path) -> std::result::Result<File, OpenError> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(dir.join(LOCK));
+fn take_lock(dir: &Path, writing: Writing) -> std::result::Result<File, OpenError> {
+    let file = match writing {
+        Writing::Nothing => File::open(dir.join(LOCK)),
+        Writing::Allowed => OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(dir.join(LOCK)),
+    };
     let file = file.map_err(|error| OpenError::Engine(Error::io("open the lock file", &error)))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
@@ -317,7 +320,7 @@ fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8
         issued.ok_or_else(|| key_refused(&KeyError::Other("no answer for the volume key".to_owned())))?;
     let keys = DomainKeys::new(&key, volume, domain)?;
 
-    let _lock = take_lock(dir).map_err(|error| match error {
+    let _lock = take_lock(dir, Writing::Allowed).map_err(|error| match error {
         OpenError::Engine(error) => error,
         _ => Error::Posix(libc::EBUSY),
     })?;

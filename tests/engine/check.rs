@@ -212,6 +212,75 @@ fn counts_are_counted_again() {
 }
 
 #[test]
+fn a_damaged_mark_of_an_unlinked_inode_keeps_nothing_from_being_opened_and_is_made_anew() {
+    let made = Made::new();
+    let volume = made.fixture.open();
+    volume.unlink(Ino::ROOT, b"also").unwrap();
+    volume.unlink(made.dir, b"small").unwrap();
+    volume.fsync(made.dir).unwrap();
+    // A crash: the inode is still there.
+    drop(volume);
+    made.with_database(|db| {
+        let family = db.cf_handle(META).unwrap();
+        let key = row(db, b'O', made.small);
+        db.put_cf(family, key, noise(1, 28)).unwrap();
+    });
+    let volume = made.fixture.open();
+    assert_eq!(content(&volume, made.large).unwrap(), noise(2, 400_000));
+    volume.close().unwrap();
+    drop(volume);
+    made.expect(&[Fault::Lost], &[]);
+    assert_eq!(check(&made.fixture, true, false).counts.inodes, 3);
+}
+
+#[test]
+fn what_was_below_a_directory_that_is_gone_is_found_again() {
+    let made = Made::new();
+    made.remove(b'I', made.dir);
+    // The entries are of no directory; the file that has another name keeps it.
+    made.expect(
+        &[Fault::Count, Fault::Counter, Fault::Lost, Fault::Name],
+        &[Fault::Name],
+    );
+    let volume = made.fixture.open();
+    let found = volume.lookup(Ino::ROOT, b"lost+found").unwrap().ino;
+    let name = format!("#{}", made.large.0).into_bytes();
+    assert_eq!(list(&volume, found).unwrap(), [(name, made.large)]);
+    assert_eq!(content(&volume, made.large).unwrap(), noise(2, 400_000));
+}
+
+#[test]
+fn a_database_that_is_damaged_in_itself_is_told_and_nothing_is_repaired() {
+    let made = Made::new();
+    made.remove(b'X', made.small);
+    let meta = made.fixture.dir().join("meta");
+    let mut tables: Vec<_> = std::fs::read_dir(meta)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    tables.retain(|path| path.extension().is_some_and(|extension| extension == "sst"));
+    tables.sort();
+    for table in &tables {
+        flip(table, 100);
+    }
+    let report = match made.fixture.try_check(CheckOptions {
+        scrub: false,
+        repair: true,
+    }) {
+        Ok(report) => report,
+        // Not even the root record could be read.
+        Err(error) => return assert!(matches!(error, OpenError::Damaged(_)), "{error}"),
+    };
+    assert!(
+        report
+            .problems
+            .iter()
+            .any(|problem| problem.fault == Fault::Record)
+    );
+    assert!(report.problems.iter().all(|problem| !problem.is_repaired));
+}
+
+#[test]
 fn ciphertext_that_is_missing_is_told_and_what_belongs_to_nothing_goes() {
     let made = Made::new();
     made.with_database(|db| {

@@ -4,6 +4,7 @@ mod background;
 mod control;
 mod create;
 mod fsck;
+mod harden;
 mod logging;
 mod mount;
 mod options;

@@ -3,13 +3,12 @@
 use super::background::{Report, Side, split};
 use super::options::{MountOptions, parse};
 use super::{
-    Failure, MountArguments, control, existing_directory, key_failure, logging, one_line, open_failure,
-    read_superblock,
+    Failure, MountArguments, control, existing_directory, harden::harden, key_failure, logging, one_line,
+    open_failure, read_superblock,
 };
 use crate::adapters::fuse::{Mounted, Unmounter};
 use crate::adapters::kms::{SessionKeys, connect};
 use crate::engine::{Superblock, SystemClock, Volume};
-use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::{Path, PathBuf};
@@ -86,7 +85,7 @@ fn plan(arguments: &MountArguments, socket: &Path) -> Result<Plan, Failure> {
 }
 
 fn serve(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
-    harden().map_err(|error| format!("the process cannot be protected: {error}"))?;
+    harden()?;
     let client = connect(&plan.socket).map_err(|error| key_failure(&error, &plan.socket))?;
     let keys = SessionKeys::open(client, plan.superblock.volume(), plan.superblock.cmk_arn())
         .map_err(|error| key_failure(&error, &plan.socket))?;
@@ -160,25 +159,4 @@ fn end(mount: &Unmounter) {
         }
         Err(error) => tracing::error!(%error, "cannot unmount"),
     }
-}
-
-/// No core dumps and no debuggers, files for the owner alone, and as many open files as are permitted.
-fn harden() -> rustix::io::Result<()> {
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    rustix::process::setrlimit(
-        Resource::Core,
-        Rlimit {
-            current: Some(0),
-            maximum: Some(0),
-        },
-    )?;
-    let files = rustix::process::getrlimit(Resource::Nofile);
-    rustix::process::setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: files.maximum,
-            maximum: files.maximum,
-        },
-    )
 }

@@ -184,16 +184,13 @@ impl Mounted {
     /// # Errors
     /// Why the session broke off.
     pub fn wait(self) -> Result<()> {
-        let ended = self
-            .serving
-            .join()
-            .map_err(|_| Error::other("the session panicked"))?;
+        let ended = self.serving.join();
         // Ends the laundry. Nothing may hold the volume when the process ends: RocksDB's threads would find its mutexes gone.
         *self.laundry.write() = None;
         if self.laundering.join().is_err() {
             tracing::error!("the laundry panicked");
         }
-        ended
+        ended.map_err(|_| Error::other("the session panicked"))?
     }
 
     /// What ends it.

@@ -2,23 +2,22 @@
 
 use super::repair::{Fix, Recount};
 use super::{Check, Fault};
-use crate::engine::error::Result;
 use crate::engine::types::{FileKind, Ino};
 use std::collections::HashSet;
 
 impl Check<'_> {
-    pub(super) fn check_links(&mut self) -> Result<()> {
+    pub(super) fn check_links(&mut self) {
         let mut inodes: Vec<_> = self.inodes.keys().copied().collect();
         inodes.sort_unstable();
         for ino in inodes {
-            self.check_inode(ino)?;
+            self.check_inode(ino);
         }
-        self.check_reachable()
+        self.check_reachable();
     }
 
-    fn check_inode(&mut self, ino: Ino) -> Result<()> {
+    fn check_inode(&mut self, ino: Ino) {
         let Some(known) = self.inodes.get(&ino) else {
-            return Ok(());
+            return;
         };
         let found = &known.found;
         let is_dir = known.kind == Some(FileKind::Directory);
@@ -55,7 +54,7 @@ impl Check<'_> {
             recount.xattrs = Some(found.xattrs);
         }
         let is_lost = known.nlink > 0 && found.names == 0 && ino != Ino::ROOT;
-        let is_unmarked = known.nlink == 0 && !found.is_orphan;
+        let is_unmarked = known.nlink == 0 && !found.is_orphan && found.children == 0;
         let is_named_orphan = known.nlink == 0 && found.names > 0;
         let has_many_names = is_dir && found.names > 1;
         let whole = !self.is_name_damaged;
@@ -72,17 +71,17 @@ impl Check<'_> {
             self.found(Fault::Name, Some(ino), detail, None);
         } else if is_unmarked {
             let detail = "it has no links, and is not marked as unlinked".to_owned();
-            self.found(Fault::Lost, Some(ino), detail, Some(Fix::MarkOrphan(ino)));
+            let fix = whole.then_some(Fix::MarkOrphan(ino));
+            self.found(Fault::Lost, Some(ino), detail, fix);
         }
         if has_many_names {
             let detail = "a directory with more than one name".to_owned();
             self.found(Fault::Name, Some(ino), detail, None);
         }
-        Ok(())
     }
 
     /// Directories that have names, but only from one another.
-    fn check_reachable(&mut self) -> Result<()> {
+    fn check_reachable(&mut self) {
         let mut reached = HashSet::from([Ino::ROOT]);
         let mut unreachable = Vec::new();
         for (&ino, known) in &self.inodes {
@@ -117,6 +116,5 @@ impl Check<'_> {
             let detail = "its names lead in a circle".to_owned();
             self.found(Fault::Unreachable, Some(ino), detail, None);
         }
-        Ok(())
     }
 }

@@ -12,7 +12,6 @@ mod report;
 mod scrub;
 mod slotfiles;
 
-pub(crate) use content::leaked_runs;
 pub use report::{Counts, Event, Fault, Problem, Report};
 
 use super::clock::Clock;
@@ -24,6 +23,7 @@ use super::types::{FileKind, Ino};
 use super::upkeep::{self, Threads};
 use super::volume::{Options, Volume};
 use repair::Fix;
+use scrub::BadBlocks;
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
@@ -117,8 +117,11 @@ struct Check<'c> {
     unlinked: BTreeSet<Ino>,
     /// Whether an entry is damaged, so that no count of names means anything.
     is_name_damaged: bool,
+    /// Whether rows could not be read at all, so that nothing is concluded from what was not found.
+    is_incomplete: bool,
     counts: Counts,
     findings: Vec<Finding>,
+    bad_blocks: Option<BadBlocks>,
     /// How many of them were told.
     told: usize,
 }
@@ -130,26 +133,6 @@ struct Finding {
 }
 
 fn run(core: &Core, options: CheckOptions, watch: &mut dyn FnMut(Event<'_>)) -> Result<Report> {
-    if options.repair {
-        // What was deleted before goes, as at any mount.
-        core.reclaim_all()?;
-        core.put_away()?;
-    }
-    let (counts, mut findings) = find(core, options, watch)?;
-    if options.repair {
-        repair::repair(core, &mut findings, watch)?;
-    }
-    Ok(Report {
-        counts,
-        problems: findings.into_iter().map(|finding| finding.problem).collect(),
-    })
-}
-
-fn find(
-    core: &Core,
-    options: CheckOptions,
-    watch: &mut dyn FnMut(Event<'_>),
-) -> Result<(Counts, Vec<Finding>)> {
     let mut check = Check {
         core,
         access: core.serve()?,
@@ -158,25 +141,69 @@ fn find(
         damaged: BTreeSet::new(),
         unlinked: BTreeSet::new(),
         is_name_damaged: false,
+        is_incomplete: false,
         counts: Counts::default(),
         findings: Vec::new(),
+        bad_blocks: None,
         told: 0,
     };
-    // Names first come with the second: problems are told with them.
-    check.check_inodes()?;
-    check.check_names()?;
+    check.find(options)?;
     check.tell();
-    check.check_attributes()?;
-    check.check_content()?;
-    check.tell();
-    check.check_slot_files()?;
-    check.check_links()?;
-    check.check_counters()?;
-    check.tell();
-    if options.scrub {
-        check.scrub()?;
+    // What a check did not see whole is not repaired: it would be taken for what is not there.
+    let repairs = options.repair && !check.is_incomplete;
+    let sure = check.sure_orphans(repairs);
+    let Check {
+        access,
+        watch,
+        mut findings,
+        mut counts,
+        ..
+    } = check;
+    drop(access);
+    core.reclaim_only(|ino| sure.contains(&ino));
+    if repairs {
+        repair::repair(core, &mut findings, watch)?;
+        counts.orphans = counts.orphans.saturating_sub(sure.len() as u64);
     }
-    Ok((check.counts, check.findings))
+    Ok(Report {
+        counts,
+        problems: findings.into_iter().map(|finding| finding.problem).collect(),
+    })
+}
+
+impl Check<'_> {
+    fn find(&mut self, options: CheckOptions) -> Result<()> {
+        // Names first come with the second: problems are told with them.
+        self.check_inodes()?;
+        self.check_names()?;
+        self.tell();
+        self.check_attributes()?;
+        self.check_content()?;
+        self.tell();
+        if !self.is_incomplete {
+            self.check_slot_files()?;
+            self.check_links();
+            self.check_counters();
+            self.tell();
+        }
+        if options.scrub {
+            self.scrub()?;
+        }
+        Ok(())
+    }
+
+    /// Inodes without a name, and without a doubt about it, that may be reclaimed.
+    fn sure_orphans(&self, repairs: bool) -> BTreeSet<Ino> {
+        if !repairs || self.is_name_damaged {
+            return BTreeSet::new();
+        }
+        let is_sure = |known: &Known| known.nlink == 0 && known.found.names == 0 && known.found.children == 0;
+        let inodes = self.inodes.iter().filter(|(_, known)| is_sure(known));
+        inodes
+            .map(|(ino, _)| *ino)
+            .chain(self.unlinked.iter().copied())
+            .collect()
+    }
 }
 
 impl Check<'_> {

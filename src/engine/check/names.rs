@@ -48,7 +48,11 @@ impl Check<'_> {
                 None,
             ),
             None if self.damaged.contains(&dir) => {}
-            None => self.found(Fault::Name, Some(dir), name("an entry of no directory"), None),
+            // Its children are lost, and get other names.
+            None => {
+                self.found(Fault::Name, Some(dir), name("an entry of no directory"), None);
+                return Ok(());
+            }
         }
         if check_new_name(&entry.name).is_err()
             || !self.is_in_its_chain(Table::Dirents, dir, place, entry.name())?

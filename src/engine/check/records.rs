@@ -24,17 +24,31 @@ impl Check<'_> {
         let (from, to) = rowkey::all(Domain::FIRST, kind);
         let mut done = 0_u64;
         self.progress(phase, 0, total);
-        core.store.scan(Family::Meta, &from, &to, |key, sealed| {
-            core.keyring.go_on()?;
-            show(self, key, sealed)?;
+        let mut shown = Ok(());
+        let scanned = core.store.scan(Family::Meta, &from, &to, |key, sealed| {
+            shown = core.keyring.go_on().and_then(|()| show(self, key, sealed));
             done += 1;
             if done.is_multiple_of(PROGRESS_ROWS) {
                 self.progress(phase, done, total);
             }
-            Ok(true)
-        })?;
+            Ok(shown.is_ok())
+        });
         self.progress(phase, done, total);
-        Ok(())
+        shown.and_then(|()| self.tolerate(phase, scanned))
+    }
+
+    /// A database that is damaged in itself gives no more rows, and the check goes on with what it has.
+    pub(super) fn tolerate(&mut self, what: &str, scanned: Result<()>) -> Result<()> {
+        match scanned {
+            Err(Error::Corrupt { what: error }) => {
+                self.is_incomplete = true;
+                self.is_name_damaged = true;
+                let detail = format!("{what} cannot be read to their end, and nothing is repaired: {error}");
+                self.found(Fault::Record, None, detail, None);
+                Ok(())
+            }
+            scanned => scanned,
+        }
     }
 
     pub(super) fn check_inodes(&mut self) -> Result<()> {
@@ -86,8 +100,12 @@ impl Check<'_> {
         self.each_row(Kind::Orphan, "unlinked inodes", None, |check, key, sealed| {
             let ino = Ino(rowkey::last_number(key).unwrap_or_default());
             if check.access.open_row(ino, key, sealed).is_err() {
-                let detail = "the mark of an unlinked inode fails authentication".to_owned();
-                check.found(Fault::Record, Some(ino), detail, None);
+                // One of an inode without links is found to lack its mark, and gets another.
+                if check.inodes.get(&ino).is_none_or(|known| known.nlink > 0) {
+                    let detail = "the mark of an unlinked inode fails authentication".to_owned();
+                    let fix = Fix::DeleteRow(Family::Meta, key.to_vec());
+                    check.found(Fault::Record, Some(ino), detail, Some(fix));
+                }
                 return Ok(());
             }
             // Without an inode, its slot file is still to be removed.
@@ -143,10 +161,10 @@ impl Check<'_> {
         })
     }
 
-    pub(super) fn check_counters(&mut self) -> Result<()> {
+    pub(super) fn check_counters(&mut self) {
         if !self.damaged.is_empty() {
             // Nobody can say how many blocks those have.
-            return Ok(());
+            return;
         }
         let root = self.core.committer.root();
         let found = self.counts.inodes;
@@ -162,6 +180,5 @@ impl Check<'_> {
         let (before, after) = (root.blocks, counted);
         compare("blocks", before, after, Fix::Blocks { before, after });
         self.counts.blocks = counted;
-        Ok(())
     }
 }

@@ -47,11 +47,23 @@ pub(super) struct Recount {
 
 /// Repairs what can be, and makes it durable.
 pub(super) fn repair(core: &Core, findings: &mut [Finding], watch: &mut dyn FnMut(Event<'_>)) -> Result<()> {
-    for Finding { problem, fix } in findings {
-        let Some(fix) = fix else { continue };
-        core.drain()?.apply(fix)?;
-        problem.is_repaired = true;
-        watch(Event::Repaired(problem));
+    let is_count = |finding: &Finding| matches!(finding.fix, Some(Fix::Counts(..)));
+    // What was counted is written before anything changes it.
+    for counts in [true, false] {
+        for finding in findings.iter_mut().filter(|finding| is_count(finding) == counts) {
+            let Some(fix) = &finding.fix else { continue };
+            match core.drain()?.apply(fix) {
+                Ok(()) => {
+                    finding.problem.is_repaired = true;
+                    watch(Event::Repaired(&finding.problem));
+                }
+                Err(Error::KeyRevoked) => return Err(Error::KeyRevoked),
+                Err(error) => {
+                    let detail = &mut finding.problem.detail;
+                    *detail = format!("{detail}; it could not be repaired: {error}");
+                }
+            }
+        }
     }
     core.committer.sync_to(core.committer.committed())
 }
@@ -148,12 +160,14 @@ impl Access<'_> {
     }
 
     fn lost_and_found(&self) -> Result<Ino> {
+        // Whoever the volume belongs to may look into it.
+        let root = self.attr(Ino::ROOT)?;
         let dir = NewNode {
             kind: FileKind::Directory,
             perm: 0o700,
             umask: 0,
-            uid: 0,
-            gid: 0,
+            uid: root.uid,
+            gid: root.gid,
             rdev: 0,
         };
         let made = match self.make(Ino::ROOT, LOST_AND_FOUND, &dir, &[]) {
