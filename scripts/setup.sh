@@ -3,6 +3,7 @@
 #   setup.sh            what the build, the tests and the quickstart need
 #   setup.sh --accept   and what accept.sh needs
 #   setup.sh --bench    and fio and the peers that bench.sh compares with
+#   setup.sh --stress   and stress-ng
 #   setup.sh --posix    and pjdfstest and fsx, built into the cache directory
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,8 +13,8 @@ cd "$(dirname "$0")/.."
 with=""
 for argument in "$@"; do
     case "$argument" in
-    --accept | --bench | --posix) with="$with $argument" ;;
-    *) die "unknown option '$argument'; known are --accept, --bench and --posix" ;;
+    --accept | --bench | --posix | --stress) with="$with $argument" ;;
+    *) die "unknown option '$argument'; known are --accept, --bench, --posix and --stress" ;;
     esac
 done
 
@@ -49,6 +50,9 @@ if [[ "$with" == *--accept* ]]; then
 fi
 if [[ "$with" == *--bench* ]]; then
     need_command fio fio
+fi
+if [[ "$with" == *--stress* ]]; then
+    need_command stress-ng stress-ng
 fi
 if [[ "$with" == *--posix* ]]; then
     [[ -e /usr/include/sys/acl.h ]] || missing+=(libacl1-dev)
