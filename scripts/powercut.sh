@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Cuts the power of a simulated machine, over and over, and looks for what had been acknowledged and is gone.
-#   powercut.sh [WORKLOADS] [STATES]    200 workloads and 12 states of the disk from each, unless said otherwise
+#   powercut.sh [WORKLOADS] [STATES]    200 workloads and 12 states of the disk from each, unless said otherwise; and 300 kills
+#                                       of each daemon
 #   powercut.sh --prove                 plants each bug of tests/powercut/bugs in a copy of this clone, and wants it found
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +16,7 @@ cut_power() {
 }
 
 if [[ "${1:-}" != --prove ]]; then
-    export POWERCUT_WORKLOADS="${1:-200}" POWERCUT_STATES="${2:-12}"
+    export POWERCUT_WORKLOADS="${1:-200}" POWERCUT_STATES="${2:-12}" POWERCUT_KILLS=300
     step "install what is missing"
     scripts/setup.sh
     step "cut the power $POWERCUT_STATES times in each of $POWERCUT_WORKLOADS workloads"

@@ -13,6 +13,13 @@ use tempfile::TempDir;
 /// Longest wait for something that must come about; no outcome depends on how soon it does.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// What can be killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Daemon {
+    Kmsd,
+    Mount,
+}
+
 pub struct Machine {
     pub disk: Disk,
     session: Option<BackgroundSession>,
@@ -255,6 +262,29 @@ impl Machine {
             true => Ok(()),
             false => Err(failed(format!("fsck found {worse:?}"))),
         }
+    }
+
+    /// SIGKILL, and nothing else is done.
+    pub fn kill(&self, daemon: Daemon) {
+        let child = match daemon {
+            Daemon::Kmsd => &self.kmsd,
+            Daemon::Mount => &self.mount,
+        };
+        let mut child = child.lock().unwrap();
+        child.as_mut().unwrap().kill().unwrap();
+        child.take().unwrap().wait().unwrap();
+    }
+
+    /// Starts what was killed again; the mount is made anew in either case.
+    pub fn recover(&self, daemon: Daemon) -> Result<(), Violation> {
+        match daemon {
+            Daemon::Kmsd => {
+                self.start_kmsd()?;
+                self.unmount()?;
+            }
+            Daemon::Mount => detach(&self.mnt()),
+        }
+        self.mount()
     }
 
     fn stop_kmsd(&self) {

@@ -14,7 +14,7 @@ mod random;
 mod workload;
 
 use disk::{Disk, Image};
-use machine::Machine;
+use machine::{Daemon, Machine};
 use oracle::{History, Violation};
 use random::Random;
 use std::sync::Arc;
@@ -65,6 +65,34 @@ fn what_was_acknowledged_survives_a_power_cut() {
         violations.len()
     );
     assert!(violations.is_empty());
+}
+
+#[test]
+fn what_was_acknowledged_survives_the_death_of_a_daemon() {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test attaches loop devices and mounts: run it as root"
+    );
+    let (kills, seed) = (setting("POWERCUT_KILLS", 8), setting("POWERCUT_SEED", 1));
+    let mut random = Random::new(seed);
+    let machine = Machine::boot(Disk::new(Machine::base_image())).unwrap();
+    machine.start_kmsd().unwrap();
+    machine.mount().unwrap();
+    for number in 0..kills {
+        for victim in [Daemon::Mount, Daemon::Kmsd] {
+            let history = workload::run_until_killed(&machine, victim, &mut random);
+            let outcome = machine
+                .recover(victim)
+                .and_then(|()| machine.observe())
+                .and_then(|seen| history.check_after_death(&seen));
+            if let Err(violation) = outcome {
+                panic!("seed {seed}, kill {number} of {victim:?}: {violation}\n{history}");
+            }
+        }
+    }
+    machine.unmount().unwrap();
+    machine.fsck().unwrap();
+    println!("{kills} kills of each daemon, nothing lost");
 }
 
 /// Starts the machine again on what the disk holds, and compares.

@@ -47,6 +47,9 @@ pub fn failed(why: String) -> Violation {
     Violation(why)
 }
 
+/// When a step ends that does not: its daemon died.
+pub const NEVER: usize = usize::MAX;
+
 type Names = BTreeMap<String, usize>;
 
 /// A step, with what had reached the disk when it began and when it returned.
@@ -190,16 +193,24 @@ impl History {
         self.contents[id].push((state, content));
     }
 
+    /// Whether what is seen may be there if a daemon died: what the host's page cache holds is not lost, and so no name is.
+    pub fn check_after_death(&self, seen: &Seen) -> Result<(), Violation> {
+        let returned = self.steps.iter().filter(|step| step.end != NEVER).count();
+        self.check_from(returned, NEVER - 1, seen)
+    }
+
     /// Whether what is seen may be there if power failed when `length` writes and flushes had been sent to the disk.
     pub fn check(&self, length: usize, seen: &Seen) -> Result<(), Violation> {
+        let is_acknowledged = |state: &usize| self.steps[state - 1].end <= length;
+        let syncs = self.steps.iter().zip(1..).filter(|(step, _)| step.op.persists());
+        let least = syncs.map(|(_, state)| state).filter(is_acknowledged).max();
+        self.check_from(least.unwrap_or(0), length, seen)
+    }
+
+    /// The same, with names no older than those of a state.
+    fn check_from(&self, least: usize, length: usize, seen: &Seen) -> Result<(), Violation> {
         let begun = self.steps.iter().take_while(|step| step.start <= length).count();
         let is_acknowledged = |state: &usize| *state == 0 || self.steps[state - 1].end <= length;
-        let syncs = self.steps.iter().zip(1..).filter(|(step, _)| step.op.persists());
-        let least = syncs
-            .map(|(_, state)| state)
-            .filter(is_acknowledged)
-            .max()
-            .unwrap_or(0);
         self.check_key(begun, is_acknowledged, &seen.key_state)?;
         let mut reason = failed(format!(
             "the names are those of no state from {least} to {begun}: {:?}",

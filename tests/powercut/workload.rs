@@ -2,8 +2,8 @@
 //! fsync(2) (Mohan et al., OSDI 2018).
 
 use crate::disk::{Disk, Image, Recorded};
-use crate::machine::Machine;
-use crate::oracle::{History, Op};
+use crate::machine::{Daemon, Machine};
+use crate::oracle::{History, NEVER, Op};
 use crate::random::Random;
 use rustix::fs::{CWD, FallocateFlags, RenameFlags};
 use std::fs::{self, File, OpenOptions};
@@ -42,7 +42,7 @@ pub fn run(base: &Arc<Image>, random: &mut Random) -> (History, Recorded) {
     for _ in 0..4 + random.below(STEPS_MAX) {
         let op = choose(&history, random);
         let start = machine.disk.position();
-        perform(&machine, &op);
+        perform(&machine, &op).unwrap();
         history.note(op, start, machine.disk.position());
     }
     // Some of what was not synced is written by timers.
@@ -52,6 +52,33 @@ pub fn run(base: &Arc<Image>, random: &mut Random) -> (History, Recorded) {
     let recorded = machine.disk.recorded(Arc::clone(base));
     machine.shut_down();
     (history, recorded)
+}
+
+/// Runs a random workload on a machine that is up, and kills one of its daemons before or during an operation.
+pub fn run_until_killed(machine: &Machine, victim: Daemon, random: &mut Random) -> History {
+    let mut history = History::beginning_with(machine.observe().unwrap());
+    let before = random.below(STEPS_MAX);
+    for _ in 0..before {
+        let op = choose(&history, random);
+        perform(machine, &op).unwrap();
+        history.note(op, 0, 0);
+    }
+    let mut op = choose(&history, random);
+    // Who writes through a mapping of a mount that is dead gets SIGBUS.
+    while matches!(op, Op::Mmap(..)) {
+        op = choose(&history, random);
+    }
+    let delay = std::time::Duration::from_micros(random.below(3000));
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(delay);
+            machine.kill(victim);
+        });
+        perform(machine, &op)
+    });
+    let end = if outcome.is_ok() { 0 } else { NEVER };
+    history.note(op, 0, end);
+    history
 }
 
 fn range(random: &mut Random) -> (u64, usize) {
@@ -122,17 +149,12 @@ fn choose(history: &History, random: &mut Random) -> Op {
     }
 }
 
-fn perform(machine: &Machine, op: &Op) {
+/// Fails if a daemon that it needs died.
+fn perform(machine: &Machine, op: &Op) -> std::io::Result<()> {
     let mnt = machine.mnt();
-    let writer = |path: &str| {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(mnt.join(path))
-            .unwrap()
-    };
+    let writer = |path: &str| OpenOptions::new().read(true).write(true).open(mnt.join(path));
     match op {
-        Op::Create(path) => drop(File::create_new(mnt.join(path)).unwrap()),
+        Op::Create(path) => File::create_new(mnt.join(path)).map(drop),
         Op::Write {
             path,
             offset,
@@ -144,28 +166,38 @@ fn perform(machine: &Machine, op: &Op) {
             if *is_sync {
                 options.custom_flags(libc::O_SYNC);
             }
-            let file = options.open(mnt.join(path)).unwrap();
-            file.write_all_at(data, *offset).unwrap();
+            options.open(mnt.join(path))?.write_all_at(data, *offset)
         }
-        Op::Truncate(path, size) => writer(path).set_len(*size).unwrap(),
+        Op::Truncate(path, size) => writer(path)?.set_len(*size),
         Op::Punch(path, offset, length) => {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(writer(path), flags, *offset, *length).unwrap();
+            Ok(rustix::fs::fallocate(writer(path)?, flags, *offset, *length)?)
         }
-        Op::Fsync(path) => writer(path).sync_all().unwrap(),
-        Op::Fdatasync(path) => writer(path).sync_data().unwrap(),
-        Op::SyncDir(path) => File::open(mnt.join(path)).unwrap().sync_all().unwrap(),
-        Op::Link(from, to) => fs::hard_link(mnt.join(from), mnt.join(to)).unwrap(),
-        Op::Unlink(path) => fs::remove_file(mnt.join(path)).unwrap(),
-        Op::Rename(from, to) => fs::rename(mnt.join(from), mnt.join(to)).unwrap(),
+        Op::Fsync(path) => writer(path)?.sync_all(),
+        Op::Fdatasync(path) => writer(path)?.sync_data(),
+        Op::SyncDir(path) => File::open(mnt.join(path))?.sync_all(),
+        Op::Link(from, to) => fs::hard_link(mnt.join(from), mnt.join(to)),
+        Op::Unlink(path) => fs::remove_file(mnt.join(path)),
+        Op::Rename(from, to) => fs::rename(mnt.join(from), mnt.join(to)),
         Op::Exchange(one, other) => {
             let (one, other) = (mnt.join(one), mnt.join(other));
-            rustix::fs::renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).unwrap();
+            Ok(rustix::fs::renameat_with(
+                CWD,
+                one,
+                CWD,
+                other,
+                RenameFlags::EXCHANGE,
+            )?)
         }
-        Op::Mmap(path, offset, data) => write_through_mapping(&writer(path), *offset, data),
+        Op::Mmap(path, offset, data) => {
+            write_through_mapping(&writer(path)?, *offset, data);
+            Ok(())
+        }
         Op::Key(is_enabled) => {
             let operation = if *is_enabled { "enable-key" } else { "disable-key" };
-            machine.kmsctl(&[operation, "--key-id", "alias/other"]).unwrap();
+            let done = machine.kmsctl(&[operation, "--key-id", "alias/other"]);
+            done.map(drop)
+                .map_err(|violation| std::io::Error::other(violation.to_string()))
         }
     }
 }
