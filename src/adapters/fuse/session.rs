@@ -165,18 +165,33 @@ impl Mounted {
             laundry,
             laundering,
         };
-        // Goes through the kernel to our own loops: the mount answers. If they never began it was undone, and what lay below
-        // answers instead.
-        let answered = std::fs::metadata(&mounted.place.mountpoint)?.dev();
+        match mounted.answer() {
+            Ok(device) => {
+                tune(device);
+                Ok(mounted)
+            }
+            Err(error) => {
+                breaker.undo();
+                if let Err(error) = mounted.wait() {
+                    tracing::debug!(%error, "the session ended");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Goes through the kernel to our own loops: the mount answers. If they never began it was undone, and what lay below
+    /// answers instead.
+    fn answer(&self) -> Result<Device> {
+        let answered = std::fs::metadata(&self.place.mountpoint)?.dev();
         let answered = Device {
             major: rustix::fs::major(answered),
             minor: rustix::fs::minor(answered),
         };
-        if answered != mounted.place.device {
+        if answered != self.place.device {
             return Err(Error::other("the session broke off at once; see the log"));
         }
-        tune(answered);
-        Ok(mounted)
+        Ok(answered)
     }
 
     /// Waits until the mount is gone, whoever unmounted it.
