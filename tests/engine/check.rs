@@ -1,11 +1,11 @@
 //! Checking and repairing: whatever row or file is taken away, added or damaged is found, told by its path, and repaired
 //! if that needs no guess.
 
-use crate::support::{Answer, DIR, FILE, Fixture, content, list, noise};
+use crate::support::{Answer, DIR, FILE, Fixture, content, flip, list, noise};
 use crate::tree;
 use cmkfs::engine::{CheckOptions, Fault, Ino, KeyError, OpenError, Problem, Report, SetXattr};
 use rocksdb::{DB, IteratorMode, Options};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const META: &str = "meta";
 const CONTENT: &str = "content";
@@ -367,19 +367,6 @@ fn scrubbing_tells_which_block_of_which_file_is_damaged() {
             (Fault::Block, "/dir/large", "40")
         ]
     );
-}
-
-fn flip(path: &Path, at: u64) {
-    use std::os::unix::fs::FileExt;
-    let file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(path)
-        .unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    byte[0] ^= 1;
-    file.write_all_at(&byte, at).unwrap();
 }
 
 #[test]

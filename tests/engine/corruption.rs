@@ -1,9 +1,8 @@
 //! Storage that holds what was not written: an error, or the right data; never wrong data, never a panic.
 
-use crate::support::{FILE, Fixture, content, copy_dir, files_below, noise};
+use crate::support::{FILE, Fixture, content, copy_dir, files_below, flip, noise};
 use crate::tree;
 use cmkfs::engine::{Error, Ino, Volume};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Positions damaged in each file, beside its first and last byte.
@@ -56,18 +55,6 @@ fn one_bit_flipped_anywhere_gives_an_error_or_the_right_data() {
     }
     // Not every byte of a database file is read; the slots alone make a good part of those that are.
     assert!(noticed * 4 > flips, "{noticed} of {flips} flips were noticed");
-}
-
-fn flip(file: &Path, at: u64) {
-    let file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(file)
-        .unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    byte[0] ^= 1 << (at % 8);
-    file.write_all_at(&byte, at).unwrap();
 }
 
 /// A volume with two files of equal size in slots, closed, and its two slot files.

@@ -5,6 +5,7 @@ use cmkfs::engine::{
     KeyService, NewNode, OpenError, Options, Report, Taken, Timestamp, Volume,
 };
 use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -331,4 +332,17 @@ pub fn files_below(dir: &Path) -> Vec<PathBuf> {
     }
     files.sort();
     files
+}
+
+/// Changes one bit of a byte.
+pub fn flip(file: &Path, at: u64) {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(file)
+        .unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    byte[0] ^= 1 << (at % 8);
+    file.write_all_at(&byte, at).unwrap();
 }

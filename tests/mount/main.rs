@@ -9,6 +9,8 @@ mod errors;
 mod fsck;
 mod posix;
 mod privacy;
+#[path = "../shared/program.rs"]
+mod program;
 mod remount;
 mod revocation;
 mod status;

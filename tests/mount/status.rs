@@ -110,7 +110,7 @@ fn with_too_few_descriptors_a_mount_fails_and_does_not_hang() {
         let script = format!("ulimit -n {limit}; exec timeout 60 \"$@\"");
         let output = std::process::Command::new("sh")
             .args(["-c", &script, "sh"])
-            .arg(crate::world::program("cmkfs"))
+            .arg(crate::program::program("cmkfs"))
             .args(["--socket".as_ref(), world.path("kmsd.sock").as_os_str()])
             .arg("mount")
             .args([world.volume(), world.mnt()])

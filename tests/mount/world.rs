@@ -1,5 +1,6 @@
 //! A kmsd, a key, a volume and its mount in a scratch directory, all of them taken down whatever happens.
 
+use crate::program::program;
 use serde_json::Value;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -18,17 +19,6 @@ pub struct World {
     mount: Option<Child>,
     pub key: String,
     scratch: TempDir,
-}
-
-/// A program of this workspace.
-pub fn program(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_cmkfs")).with_file_name(name);
-    assert!(
-        path.exists(),
-        "{} is missing: 'cargo test --workspace' builds it, as scripts/test.sh does",
-        path.display()
-    );
-    path
 }
 
 /// Waits until `holds`.

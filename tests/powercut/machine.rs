@@ -2,6 +2,7 @@
 
 use crate::disk::{Disk, FILE_NAME, Image};
 use crate::oracle::{Seen, Violation, failed};
+use crate::program::program;
 use fuser::BackgroundSession;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -27,17 +28,6 @@ pub struct Machine {
     kmsd: Mutex<Option<Child>>,
     mount: Mutex<Option<Child>>,
     scratch: TempDir,
-}
-
-/// A program of this workspace.
-fn program(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_BIN_EXE_cmkfs")).with_file_name(name);
-    assert!(
-        path.exists(),
-        "{} is missing: 'cargo test --workspace' builds it, as scripts/test.sh does",
-        path.display()
-    );
-    path
 }
 
 fn run(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Result<String, Violation> {

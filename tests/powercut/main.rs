@@ -10,6 +10,8 @@
 mod disk;
 mod machine;
 mod oracle;
+#[path = "../shared/program.rs"]
+mod program;
 mod random;
 mod workload;
 
