@@ -15,9 +15,7 @@ build
 scratch_begin
 
 step "mount a scratch volume"
-kmsd_start
-"$BIN/cmkfs" create "$VOLUME" --key-id "$(key_create)" >/dev/null
-volume_mount
+scratch_volume
 
 step "copy a source tree in"
 mkdir "$SCRATCH/source"

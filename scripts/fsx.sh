@@ -14,9 +14,7 @@ build
 scratch_begin
 
 step "mount a scratch volume"
-kmsd_start
-"$BIN/cmkfs" create "$VOLUME" --key-id "$(key_create)" >/dev/null
-volume_mount
+scratch_volume
 cat >"$SCRATCH/fsx.toml" <<TOML
 flen = 1048576
 [opsize]

@@ -161,6 +161,13 @@ key_create() {
     kmsctl create-key --description "$SCRIPT" | jq -er 'first(.. | objects | (.KeyId // .key_id // empty))'
 }
 
+# Starts kmsd, makes a key and a volume under it, and mounts that.
+scratch_volume() {
+    kmsd_start
+    "$BIN/cmkfs" create "$VOLUME" --key-id "$(key_create)" >/dev/null
+    volume_mount
+}
+
 # Mounts in the foreground of a background process, so that its pid is known; extra arguments go to `mount`.
 volume_mount() {
     "$BIN/cmkfs" mount "$VOLUME" "$MNT" --foreground "$@" >>"$SCRATCH/mount.log" 2>&1 9>&- &

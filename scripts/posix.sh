@@ -13,9 +13,7 @@ scratch_begin
 chmod 755 "$SCRATCH"
 
 step "mount a scratch volume"
-kmsd_start
-"$BIN/cmkfs" create "$VOLUME" --key-id "$(key_create)" >/dev/null
-volume_mount
+scratch_volume
 mkdir "$MNT/tests"
 # A second filesystem, for EXDEV.
 mkdir "$SCRATCH/second"

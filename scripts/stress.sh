@@ -21,9 +21,7 @@ build
 scratch_begin
 
 step "mount a scratch volume"
-kmsd_start
-"$BIN/cmkfs" create "$VOLUME" --key-id "$(key_create)" >/dev/null
-volume_mount
+scratch_volume
 
 # One process of the storm: makes, links, renames, exchanges and removes names that the others do, too. What it was that lost a
 # race does not matter, as long as nothing but a lost race is reported.

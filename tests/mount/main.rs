@@ -9,7 +9,7 @@ mod errors;
 mod fsck;
 mod posix;
 mod privacy;
-#[path = "../shared/program.rs"]
+#[path = "../common/program.rs"]
 mod program;
 mod remount;
 mod revocation;

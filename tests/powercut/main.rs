@@ -10,7 +10,7 @@
 mod disk;
 mod machine;
 mod oracle;
-#[path = "../shared/program.rs"]
+#[path = "../common/program.rs"]
 mod program;
 mod random;
 mod workload;
