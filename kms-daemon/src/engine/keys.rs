@@ -208,6 +208,8 @@ impl Engine {
         if is_repeated || (is_change.is_err() && self.unstored.lock().contains(&id)) {
             self.commit(call, trail, Effect::Repeated, put(&row), |_| {})?;
             self.unstored.lock().remove(&id);
+            // That was recorded; a refusal is still to be.
+            trail.recorded &= is_change.is_ok();
         }
         if !is_change? {
             return Ok(next);
