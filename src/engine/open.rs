@@ -271,7 +271,12 @@ pub(crate) fn open_core(
 
 fn take_lock(dir: &Path, writing: Writing) -> std::result::Result<File, OpenError> {
     let file = match writing {
-        Writing::Nothing => File::open(dir.join(LOCK)),
+        // NFS locks only what may be written; a host that is read-only has nothing that may be.
+        Writing::Nothing => OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(dir.join(LOCK))
+            .or_else(|_| File::open(dir.join(LOCK))),
         Writing::Allowed => OpenOptions::new()
             .write(true)
             .create(true)

@@ -64,9 +64,14 @@ impl Core {
         outcome
     }
 
-    /// Lets only those be reclaimed that `is_sure`.
-    pub(crate) fn reclaim_only(&self, is_sure: impl Fn(Ino) -> bool) {
-        self.orphans.waiting.lock().retain(|ino| is_sure(*ino));
+    /// Lets none be reclaimed of those that wait; they are given out instead.
+    pub(crate) fn withhold_orphans(&self) -> BTreeSet<Ino> {
+        std::mem::take(&mut *self.orphans.waiting.lock())
+    }
+
+    /// Lets these be reclaimed.
+    pub(crate) fn release_orphans(&self, inodes: impl Iterator<Item = Ino>) {
+        self.orphans.waiting.lock().extend(inodes);
     }
 
     /// The kernel is gone, and every reference of its with it.
@@ -116,7 +121,8 @@ impl Access<'_> {
         let _right = Publishing::begin(&node);
         let mut state = node.state.write();
         let state = &mut *state;
-        if state.record.nlink > 0 {
+        if state.record.nlink > 0 || state.record.children > 0 {
+            // The second is for fsck: what is in it has no other way to be found.
             return Ok(());
         }
         if self.nodes.is_known(ino) {

@@ -24,6 +24,9 @@ const NAME: &str = "unclean";
 /// Slot files older than the mark by this much were written by mounts that ended well.
 const MARGIN: Duration = Duration::from_secs(60);
 
+/// Runs given back under one holding of a file's locks.
+const RUNS_MAX: usize = 256;
+
 /// What is to be swept.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sweep {
@@ -64,13 +67,19 @@ pub(crate) fn end(dir: &Path) -> Result<()> {
 impl Core {
     /// Sweeps every slot file, unless the volume is closed or goes dark before.
     pub(crate) fn sweep(&self, sweep: &Sweep) {
+        let mut is_complete = true;
         let swept = self.slots.each_file(|file| {
             self.go_on_sweeping()?;
             match file.ino.filter(|_| file.modified >= sweep.since) {
                 Some(ino) if ino.0 < sweep.born_before => match self.sweep_file(ino, &file) {
-                    // Damage is for fsck.
+                    // Damage is for fsck; what storage refuses keeps no other file from it.
                     Err(error @ Error::Corrupt { .. }) => {
                         tracing::warn!(inode = ino.0, %error, "a slot file is not swept");
+                        Ok(())
+                    }
+                    Err(error @ Error::Storage { .. }) => {
+                        tracing::warn!(inode = ino.0, %error, "a slot file is not swept; the next mount tries again");
+                        is_complete = false;
                         Ok(())
                     }
                     swept => swept,
@@ -79,7 +88,7 @@ impl Core {
             }
         });
         match swept {
-            Ok(()) => self.is_unswept.store(false, Ordering::Release),
+            Ok(()) => self.is_unswept.store(!is_complete, Ordering::Release),
             Err(error) => tracing::info!(%error, "the next mount sweeps again"),
         }
     }
@@ -112,10 +121,11 @@ impl Core {
             run = next.saturating_add(1);
         }
         drop(slots);
-        if unnamed.is_empty() {
-            return Ok(());
+        for runs in unnamed.chunks(RUNS_MAX) {
+            self.go_on_sweeping()?;
+            self.drain()?.give_back(ino, runs)?;
         }
-        self.drain()?.give_back(ino, &unnamed)
+        Ok(())
     }
 
     /// Removes the slot file of an inode that is not there: never born, or gone. One that is gone in memory alone may come
@@ -175,6 +185,11 @@ impl Access<'_> {
         };
         let _right = Publishing::begin(&node);
         let mut state = node.state.write();
+        // It may have been reclaimed while this waited: nothing is in use then, and all may come back with a crash.
+        if self.stored_record(ino)?.is_none() {
+            return Ok(());
+        }
+        self.committer.check()?;
         let slots = self.slots.existing(ino)?;
         let mut count = 0_u64;
         for run in runs {

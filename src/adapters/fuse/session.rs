@@ -93,8 +93,9 @@ impl Breaker {
         }
     }
 
-    /// Has every request fail, those that wait included, and takes the mount out of the tree.
-    fn undo(&self) {
+    /// Has every request fail, those that wait included, and takes the mount out of the tree. Whether the connection is known to
+    /// have ended.
+    fn undo(&self) -> bool {
         if let Some(mut abort) = self.abort.as_ref()
             && let Err(error) = abort.write_all(b"1")
         {
@@ -103,6 +104,7 @@ impl Breaker {
         if let Err(error) = self.place.unmount(true) {
             tracing::error!(%error, "a mount that is not served could not be undone");
         }
+        self.abort.is_some()
     }
 }
 
@@ -125,7 +127,9 @@ impl Mounted {
             }
         })?;
         let breaker = Arc::new(Breaker::of(&place));
-        Self::serve(volume, place, &breaker, device, cache).inspect_err(|_| breaker.undo())
+        Self::serve(volume, place, &breaker, device, cache).inspect_err(|_| {
+            breaker.undo();
+        })
     }
 
     fn serve(
@@ -171,8 +175,10 @@ impl Mounted {
                 Ok(mounted)
             }
             Err(error) => {
-                breaker.undo();
-                if let Err(error) = mounted.wait() {
+                // Else somebody may keep it going, and would be waited for.
+                if breaker.undo()
+                    && let Err(error) = mounted.wait()
+                {
                     tracing::debug!(%error, "the session ended");
                 }
                 Err(error)

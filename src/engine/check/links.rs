@@ -56,6 +56,7 @@ impl Check<'_> {
         let is_lost = known.nlink > 0 && found.names == 0 && ino != Ino::ROOT;
         let is_unmarked = known.nlink == 0 && !found.is_orphan && found.children == 0;
         let is_named_orphan = known.nlink == 0 && found.names > 0;
+        let has_lost_entries = known.nlink == 0 && found.children > 0;
         let has_many_names = is_dir && found.names > 1;
         let whole = !self.is_name_damaged;
         if !wrong.is_empty() {
@@ -73,6 +74,10 @@ impl Check<'_> {
             let detail = "it has no links, and is not marked as unlinked".to_owned();
             let fix = whole.then_some(Fix::MarkOrphan(ino));
             self.found(Fault::Lost, Some(ino), detail, fix);
+        }
+        if has_lost_entries {
+            let detail = "a directory without links has entries".to_owned();
+            self.found(Fault::Unreachable, Some(ino), detail, None);
         }
         if has_many_names {
             let detail = "a directory with more than one name".to_owned();

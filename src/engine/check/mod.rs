@@ -65,8 +65,16 @@ impl Volume {
         let volume = Self::with_threads(Arc::clone(&core), threads);
         let outcome = run(&core, options, watch);
         let closed = volume.close();
-        let report = outcome?;
-        closed?;
+        let mut report = outcome?;
+        if let Err(error) = closed {
+            report.problems.push(Problem {
+                fault: Fault::Record,
+                ino: None,
+                path: None,
+                detail: format!("not all of it could be stored: {error}"),
+                is_repaired: false,
+            });
+        }
         Ok(report)
     }
 }
@@ -147,6 +155,8 @@ fn run(core: &Core, options: CheckOptions, watch: &mut dyn FnMut(Event<'_>)) -> 
         bad_blocks: None,
         told: 0,
     };
+    // Until it is known which of them nothing speaks for, whatever ends the check.
+    let orphans = core.withhold_orphans();
     check.find(options)?;
     check.tell();
     // What a check did not see whole is not repaired: it would be taken for what is not there.
@@ -160,7 +170,7 @@ fn run(core: &Core, options: CheckOptions, watch: &mut dyn FnMut(Event<'_>)) -> 
         ..
     } = check;
     drop(access);
-    core.reclaim_only(|ino| sure.contains(&ino));
+    core.release_orphans(orphans.into_iter().filter(|ino| sure.contains(ino)));
     if repairs {
         repair::repair(core, &mut findings, watch)?;
         counts.orphans = counts.orphans.saturating_sub(sure.len() as u64);

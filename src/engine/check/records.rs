@@ -101,7 +101,8 @@ impl Check<'_> {
             let ino = Ino(rowkey::last_number(key).unwrap_or_default());
             if check.access.open_row(ino, key, sealed).is_err() {
                 // One of an inode without links is found to lack its mark, and gets another.
-                if check.inodes.get(&ino).is_none_or(|known| known.nlink > 0) {
+                let is_stray = check.inodes.get(&ino).is_none_or(|known| known.nlink > 0);
+                if is_stray && !check.damaged.contains(&ino) {
                     let detail = "the mark of an unlinked inode fails authentication".to_owned();
                     let fix = Fix::DeleteRow(Family::Meta, key.to_vec());
                     check.found(Fault::Record, Some(ino), detail, Some(fix));
@@ -117,6 +118,7 @@ impl Check<'_> {
                     let fix = Fix::DeleteRow(Family::Meta, key.to_vec());
                     check.found(Fault::LeftOver, Some(ino), detail, Some(fix));
                 }
+                None if check.damaged.contains(&ino) => {}
                 None => {
                     check.unlinked.insert(ino);
                 }
