@@ -285,8 +285,13 @@ impl Machine {
         }
     }
 
+    /// Takes everything down; nothing of it stays mounted.
     pub fn shut_down(self) {
+        let scratch = self.scratch.path().to_owned();
         drop(self);
+        for name in ["device", "host", "mnt"] {
+            assert!(!is_mounted(&scratch.join(name)), "{name} stays mounted");
+        }
     }
 }
 
@@ -321,6 +326,8 @@ impl Drop for Machine {
         if let Err(violation) = run("losetup", &["--detach", &self.loop_device]) {
             eprintln!("{violation}");
         }
+        // The kernel lets go of the loop device, and so of the disk, when it likes: until then the disk is in use.
+        detach(&self.scratch.path().join("device"));
         drop(self.session.take());
     }
 }

@@ -94,6 +94,7 @@ fn what_was_acknowledged_survives_the_death_of_a_daemon() {
     }
     machine.unmount().unwrap();
     machine.fsck().unwrap();
+    machine.shut_down();
     println!("{kills} kills of each daemon, nothing lost");
 }
 
