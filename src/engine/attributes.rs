@@ -117,6 +117,7 @@ impl Access<'_> {
                 return self.remove_xattr(staged, ino, name, perm, now);
             }
         }
+        self.take_room_to_grow()?;
         let (place, is_new) = match (self.search::<Xattr>(Table::Xattrs, ino, name)?, how) {
             (Search::Found(..), SetXattr::Create) => return Err(Error::Posix(libc::EEXIST)),
             (Search::Absent(_), SetXattr::Replace) => return Err(Error::Posix(libc::ENODATA)),

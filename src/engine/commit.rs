@@ -5,7 +5,9 @@ use super::error::{Error, Result};
 use super::format::root::RootRecord;
 use super::format::rowkey::{self, Family};
 use super::keys::DomainKeys;
-use super::store::{Change, Store};
+use super::space::Space;
+use super::store::{Change, Mode, Store, SyncError};
+use super::types::Domain;
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -45,80 +47,184 @@ impl Batch {
     }
 }
 
+/// Appends of one batch: with what room there is, and with the ballast's.
+const APPENDS_MAX: usize = 2;
+
 struct Waiting {
     batch: Batch,
     outcome: Arc<Mutex<Option<Result<Seq>>>>,
 }
 
+/// The root record as of the last commit, and as it is stored: no other commit ends with these bytes.
+pub(crate) struct Written {
+    pub(crate) root: RootRecord,
+    pub(crate) row: Vec<u8>,
+}
+
+struct Writer {
+    last: Written,
+    /// What the host had free when there was no room for a commit: with no more than that there is none again.
+    exhausted: Option<u64>,
+}
+
 /// Orders commits and knows which of them are durable.
 pub(crate) struct Committer {
     store: Arc<Store>,
+    space: Arc<Space>,
     queue: Mutex<Vec<Waiting>>,
-    writer: Mutex<RootRecord>,
+    writer: Mutex<Writer>,
     syncing: Mutex<()>,
     committed: AtomicU64,
     durable: AtomicU64,
+    /// Commits that deleted something.
+    deletions: AtomicU64,
     poisoned: AtomicBool,
 }
 
 impl Committer {
-    /// Goes on after `root`, all of which is durable.
-    pub(crate) fn new(store: Arc<Store>, root: RootRecord) -> Self {
+    /// Goes on after `last`, all of which is durable.
+    pub(crate) fn new(store: Arc<Store>, space: Arc<Space>, last: Written) -> Self {
         Self {
             store,
+            space,
             queue: Mutex::default(),
-            committed: AtomicU64::new(root.commit_seq),
-            durable: AtomicU64::new(root.commit_seq),
-            writer: Mutex::new(root),
+            committed: AtomicU64::new(last.root.commit_seq),
+            durable: AtomicU64::new(last.root.commit_seq),
+            writer: Mutex::new(Writer {
+                last,
+                exhausted: None,
+            }),
             syncing: Mutex::default(),
+            deletions: AtomicU64::new(0),
             poisoned: AtomicBool::new(false),
         }
     }
 
     /// Commits `batch`: visible and ordered when this returns, durable only after [`Self::sync_to`].
+    ///
+    /// # Errors
+    /// ENOSPC if the host has no room for it: nothing has changed then. All else is the end of changes.
     pub(crate) fn commit(&self, keys: &DomainKeys, batch: Batch) -> Result<Seq> {
         let outcome = Arc::new(Mutex::new(None));
         self.queue.lock().push(Waiting {
             batch,
             outcome: Arc::clone(&outcome),
         });
-        let mut root = self.writer.lock();
+        let mut writer = self.writer.lock();
         if let Some(outcome) = outcome.lock().take() {
             return outcome;
         }
         let group = std::mem::take(&mut *self.queue.lock());
-        let result = self.write(keys, &mut root, &group);
+        let result = self.write(keys, &mut writer, &group);
         for waiting in group {
             *waiting.outcome.lock() = Some(result.clone());
         }
         result
     }
 
-    fn write(&self, keys: &DomainKeys, root: &mut RootRecord, group: &[Waiting]) -> Result<Seq> {
+    fn write(&self, keys: &DomainKeys, writer: &mut Writer, group: &[Waiting]) -> Result<Seq> {
         self.check()?;
-        let mut next = RootRecord {
-            commit_seq: root.commit_seq.saturating_add(1),
+        let mut root = RootRecord {
+            commit_seq: writer.last.root.commit_seq.saturating_add(1),
             durable_seq: self.durable.load(Ordering::Acquire),
-            ..*root
+            ..writer.last.root
         };
         for waiting in group {
-            next.inodes = next.inodes.saturating_add_signed(waiting.batch.inodes);
-            next.blocks = next.blocks.saturating_add_signed(waiting.batch.blocks);
+            root.inodes = root.inodes.saturating_add_signed(waiting.batch.inodes);
+            root.blocks = root.blocks.saturating_add_signed(waiting.batch.blocks);
         }
         let key = rowkey::root(keys.domain());
-        let value = keys.seal_row(Family::Meta, &key, &next.encode())?;
-        let root_change = Change::Put(Family::Meta, key, value);
-        let changes = group.iter().flat_map(|waiting| &waiting.batch.changes);
-        self.poison_on_error(self.store.write(changes.chain(std::iter::once(&root_change))))?;
-        *root = next;
-        self.committed.store(next.commit_seq, Ordering::Release);
-        Ok(Seq(next.commit_seq))
+        let row = keys.seal_row(Family::Meta, &key, &root.encode())?;
+        let root_change = Change::Put(Family::Meta, key.clone(), row.clone());
+        let changes = || {
+            let changes = group.iter().flat_map(|waiting| &waiting.batch.changes);
+            changes.chain(std::iter::once(&root_change))
+        };
+        let next = Written { root, row };
+        self.append(writer, &key, &next, || self.store.write(changes()))?;
+        writer.last = next;
+        if changes().any(|change| !matches!(change, Change::Put(..))) {
+            self.deletions.fetch_add(1, Ordering::Relaxed);
+        }
+        self.committed.store(root.commit_seq, Ordering::Release);
+        Ok(Seq(root.commit_seq))
+    }
+
+    /// Appends a batch by `write`, in the ballast's room if there is no other.
+    fn append(
+        &self,
+        writer: &mut Writer,
+        key: &[u8],
+        next: &Written,
+        write: impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        let is_exhausted = match writer.exhausted {
+            Some(free) => self.space.free()? <= free,
+            None => false,
+        };
+        if is_exhausted || self.store.mode() == Mode::ReadOnly {
+            return Err(Error::Posix(libc::ENOSPC));
+        }
+        writer.exhausted = None;
+        for _ in 0..APPENDS_MAX {
+            match write() {
+                Err(error) if error.is_no_room() => tracing::warn!(%error, "there is no room for a commit"),
+                outcome => return self.poison_on_error(outcome),
+            }
+            self.space.give_up_ballast();
+            if self.reopen(&[&next.row, &writer.last.row], key, Mode::Tight)? == 0 {
+                // The last append got there all the same.
+                return Ok(());
+            }
+            if self.store.mode() == Mode::ReadOnly {
+                break;
+            }
+        }
+        writer.exhausted = Some(self.space.free()?);
+        Err(Error::Posix(libc::ENOSPC))
+    }
+
+    /// Opens the database again, which makes everything committed durable, and says which of the `expected` root records
+    /// it ends with.
+    fn reopen(&self, expected: &[&[u8]], key: &[u8], mode: Mode) -> Result<usize> {
+        let reopened = self.store.reopen(mode);
+        let stored = reopened.and_then(|()| self.store.get(Family::Meta, key));
+        let stored = self.poison_on_error(stored)?.unwrap_or_default();
+        let missing = || Error::Storage {
+            errno: libc::EIO,
+            message: "commits are missing from the log".to_owned(),
+        };
+        let found = expected.iter().position(|row| **row == stored);
+        let found = self.poison_on_error(found.ok_or_else(missing))?;
+        self.durable
+            .fetch_max(self.committed.load(Ordering::Acquire), Ordering::AcqRel);
+        Ok(found)
+    }
+
+    /// Lets the database flush and compact again if there is room for that.
+    pub(crate) fn relieve(&self) -> Result<()> {
+        if self.store.mode() == Mode::Roomy || self.check().is_err() {
+            return Ok(());
+        }
+        let mut writer = self.writer.lock();
+        let free = self.space.free()?;
+        if writer.exhausted.is_some_and(|exhausted| free <= exhausted) || free < self.store.flush_bytes() {
+            return Ok(());
+        }
+        writer.exhausted = None;
+        let key = rowkey::root(Domain::FIRST);
+        self.reopen(&[&writer.last.row], &key, Mode::Roomy).map(|_| ())
+    }
+
+    /// How many commits deleted something.
+    pub(crate) fn deletions(&self) -> u64 {
+        self.deletions.load(Ordering::Relaxed)
     }
 
     /// Reserves `count` inode numbers, durably, and returns the first.
     pub(crate) fn reserve_inodes(&self, keys: &DomainKeys, count: u64) -> Result<u64> {
         let first = {
-            let mut root = self.writer.lock();
+            let root = &mut self.writer.lock().last.root;
             let first = root.ino_limit;
             let limit = first.checked_add(count).filter(|limit| *limit < 1 << 48);
             root.ino_limit = limit.ok_or(Error::Posix(libc::ENOSPC))?;
@@ -140,9 +246,21 @@ impl Committer {
             return Ok(());
         }
         let reached = self.committed.load(Ordering::Acquire);
-        self.poison_on_error(self.store.sync_log())?;
-        self.durable.fetch_max(reached, Ordering::AcqRel);
-        Ok(())
+        match self.store.sync_log() {
+            Ok(()) => {
+                self.durable.fetch_max(reached, Ordering::AcqRel);
+                Ok(())
+            }
+            Err(SyncError::AppendFailed) => {
+                // Whoever appended holds the writer until it is known what is there, and that is durable.
+                drop(self.writer.lock());
+                match self.is_durable(seq) {
+                    true => self.check(),
+                    false => self.poison_on_error(Err(Error::Poisoned)),
+                }
+            }
+            Err(SyncError::Failed(error)) => self.poison_on_error(Err(error)),
+        }
     }
 
     /// The last commit.
@@ -161,7 +279,7 @@ impl Committer {
 
     /// The counters as of the last commit.
     pub(crate) fn root(&self) -> RootRecord {
-        *self.writer.lock()
+        self.writer.lock().last.root
     }
 
     /// Rule R6: after a failed append or sync of the log nobody may claim success.
@@ -173,7 +291,7 @@ impl Committer {
         }
     }
 
-    fn poison_on_error(&self, result: Result<()>) -> Result<()> {
+    fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.poisoned.store(true, Ordering::Release);
             tracing::error!(%error, "the log failed; the volume accepts no more changes");

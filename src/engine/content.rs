@@ -9,6 +9,7 @@ use super::format::chunk::{BLOCK, Block, CHUNK, CHUNK_BLOCKS, Chunk, Seal};
 use super::format::rowkey::{self, Family};
 use super::keys::FileKey;
 use super::node::{Node, NodeState, PendingChunk};
+use super::space::Room;
 use super::types::{Ino, Timestamp};
 use std::ops::Range;
 use std::sync::Arc;
@@ -301,6 +302,11 @@ impl Access<'_> {
         let size = state.record.content.size.max(end);
         let small = is_small(state, size);
         let first = incoming.first;
+        match self.take_room(incoming.buffer.len())? {
+            Room::Plenty => {}
+            Room::Low => self.refuse_holes(node, state, first..first + incoming.sealed.len() as u64)?,
+            Room::Reserve => return Err(Error::Posix(libc::ENOSPC)),
+        }
         let mut sealed = Vec::with_capacity(incoming.sealed.len());
         let mut spare = [0; BLOCK];
         let blocks = incoming.buffer.chunks_exact_mut(BLOCK).zip(&incoming.sealed);
@@ -340,6 +346,16 @@ impl Access<'_> {
             Some(error) if placed == 0 => Err(error),
             stopped => Ok((reached, stopped)),
         }
+    }
+
+    /// On a host without room for more, only what has its place is written again.
+    fn refuse_holes(&self, node: &Node, state: &NodeState, blocks: Range<u64>) -> Result<()> {
+        for block in blocks {
+            if self.block_at(node, state, block)? == Block::Hole {
+                return Err(Error::Posix(libc::ENOSPC));
+            }
+        }
+        Ok(())
     }
 
     /// Seals one block; the last one of a small file only as far as the file goes.
@@ -494,7 +510,7 @@ impl Access<'_> {
         let named = pending.protected | self.busy_slots(state, index, Some(run));
         if sealed.len() == CHUNK_BLOCKS && named != 0 {
             match self.write_fresh_run(node, state, pending, index, start, cipher) {
-                Err(error) if matches!(error.errno(), libc::ENOSPC | libc::EDQUOT) => {}
+                Err(error) if error.is_no_room() => {}
                 outcome => return outcome.map(|()| u32::MAX),
             }
         }

@@ -17,6 +17,7 @@ use super::node::{Node, NodeTable};
 use super::nursery::Nursery;
 use super::orphan::Orphans;
 use super::slots::Slots;
+use super::space::{Room, Space};
 use super::store::Store;
 use super::types::{FileKind, Ino, Timestamp};
 use super::volume::Options;
@@ -29,11 +30,15 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
 
+/// What the records of something new take of the host, generously, in bytes.
+const RECORDS_BYTES: usize = 4096;
+
 /// The parts of an open volume.
 pub(crate) struct Core {
     pub(crate) dir: PathBuf,
     pub(crate) options: Options,
     pub(crate) store: Arc<Store>,
+    pub(crate) space: Arc<Space>,
     pub(crate) committer: Committer,
     pub(crate) keyring: Keyring,
     pub(crate) slots: Slots,
@@ -55,6 +60,10 @@ pub(crate) struct Core {
     pub(crate) sealed: Mutex<Seq>,
     /// Wakes the thread that publishes, drains and reclaims.
     pub(crate) upkeep_bell: Bell,
+    /// Whether the host ran low, and what was deleted has not been given back to it since.
+    pub(crate) is_compaction_due: AtomicBool,
+    /// Wakes the thread that compacts.
+    pub(crate) compact_bell: Bell,
     /// Wakes the thread that watches the CMK's state.
     pub(crate) key_bell: Bell,
     /// Work for the thread that fetches keys ahead of their use.
@@ -122,6 +131,22 @@ impl Core {
             Err(Error::Posix(libc::EROFS))
         } else {
             Ok(())
+        }
+    }
+
+    /// Takes room on the host for `bytes`, and says how much there was.
+    pub(crate) fn take_room(&self, bytes: usize) -> Result<Room> {
+        self.space.take(bytes, self.active.pending_bytes())
+    }
+
+    /// Takes room for something new that is small.
+    ///
+    /// # Errors
+    /// ENOSPC if only what frees space, or changes what is there, may have what is left.
+    pub(crate) fn take_room_to_grow(&self) -> Result<()> {
+        match self.take_room(RECORDS_BYTES)? {
+            Room::Plenty => Ok(()),
+            Room::Low | Room::Reserve => Err(Error::Posix(libc::ENOSPC)),
         }
     }
 

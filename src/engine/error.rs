@@ -64,6 +64,11 @@ impl Error {
         matches!(self, Self::Corrupt { .. } | Self::Storage { .. } | Self::Poisoned)
     }
 
+    /// Whether the host had no room.
+    pub(crate) fn is_no_room(&self) -> bool {
+        matches!(self.errno(), libc::ENOSPC | libc::EDQUOT)
+    }
+
     pub(crate) fn corrupt_inode(ino: Ino) -> Self {
         Self::Corrupt {
             what: format!("inode {}", ino.0),

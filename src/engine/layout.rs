@@ -9,6 +9,7 @@ use super::format::inode::InodeRecord;
 use super::format::rowkey::{self, Family};
 use super::keys::FileKey;
 use super::node::{Node, NodeState};
+use super::space::Room;
 use super::types::{Fallocate, Seek};
 use std::ops::Range;
 use std::sync::Arc;
@@ -127,6 +128,9 @@ impl Access<'_> {
             chunk = group.end;
             let is_last = chunk > last;
             self.keyring.go_on()?;
+            if self.take_room((group.end - group.start) as usize * CHUNK)? != Room::Plenty {
+                return Err(Error::Posix(libc::ENOSPC));
+            }
             self.restructure(node, |state| {
                 for index in group.clone() {
                     self.allocate_in_chunk(node, state, index, &range)?;

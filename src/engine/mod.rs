@@ -32,6 +32,7 @@ mod publish;
 mod runs;
 mod seal;
 mod slots;
+mod space;
 mod staged;
 mod store;
 mod sweep;

@@ -99,6 +99,7 @@ impl Access<'_> {
             return Err(Error::Posix(libc::ENAMETOOLONG));
         }
         let dir = self.directory(parent)?;
+        self.take_room_to_grow()?;
         let (ino, key) = match node.kind {
             FileKind::Regular => {
                 let (ino, key) = self.unborn_file()?;
@@ -176,6 +177,7 @@ impl Access<'_> {
         if node.state.read().record.kind == FileKind::Directory {
             return Err(Error::Posix(libc::EPERM));
         }
+        self.take_room_to_grow()?;
         self.publish(&node)?;
         let mut staged = Staged::lock(&[&dir, &node]);
         if staged.state(ino)?.record.nlink == 0 {

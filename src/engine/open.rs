@@ -4,7 +4,7 @@ use super::active::Active;
 use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::{Clock, SystemClock};
-use super::commit::{Batch, Committer, Seq};
+use super::commit::{Batch, Committer, Seq, Written};
 use super::core::{Core, Fetch};
 use super::dek::Misses;
 use super::error::{Error, Result};
@@ -20,7 +20,8 @@ use super::nursery::Nursery;
 use super::orphan::Orphans;
 use super::seal;
 use super::slots::{Slots, sync_dir};
-use super::store::Store;
+use super::space::{Limits, Space};
+use super::store::{Mode, Store};
 use super::sweep::{self, Sweep};
 use super::types::{Domain, FileKind, Ino, NewNode};
 use super::upkeep::{self, Lease, Threads};
@@ -217,23 +218,38 @@ pub(crate) fn open_core(
         length: keyring.renew()?,
     };
     let meta = dir.join(META);
+    let limits = Limits::of(dir)?;
+    let space = Arc::new(Space::new(dir, limits));
+    let open = |mode| Store::open(&meta, limits.sizes(options.block_cache_bytes), mode);
     let store = Arc::new(match writing {
-        Writing::Nothing => Store::open_read_only(&meta, options.block_cache_bytes)?,
-        Writing::Allowed => Store::open(&meta, options.block_cache_bytes)?,
+        Writing::Nothing => open(Mode::ReadOnly)?,
+        Writing::Allowed => match open(Mode::Roomy) {
+            Err(error) if error.is_no_room() => {
+                space.give_up_ballast();
+                open(Mode::Tight)?
+            }
+            store => store?,
+        },
     });
-    let (root, sealed) = {
+    let (last, sealed) = {
         let admission = keyring.admit(Purpose::Serve)?;
         let sealed = seal::read(dir, admission.keys())?;
         (read_root(&store, admission.keys(), sealed)?, sealed)
     };
     let sweep = match options.read_only {
         true => None,
-        false => sweep::begin(dir, &root)?,
+        false => {
+            if let Err(error) = space.restore_ballast() {
+                tracing::warn!(%error, "the volume goes without ballast for now");
+            }
+            sweep::begin(dir, &last.root)?
+        }
     };
     let (fetches, jobs) = sync_channel(FETCHES_MAX);
     let core = Arc::new(Core {
-        committer: Committer::new(Arc::clone(&store), root),
+        committer: Committer::new(Arc::clone(&store), Arc::clone(&space), last),
         store,
+        space,
         keyring,
         slots: Slots::new(dir.join(DATA), writing == Writing::Nothing),
         nodes: NodeTable::new(options.node_cache_entries_max),
@@ -249,6 +265,8 @@ pub(crate) fn open_core(
         is_unswept: AtomicBool::new(sweep.is_some()),
         sealed: Mutex::new(sealed),
         upkeep_bell: Bell::default(),
+        is_compaction_due: AtomicBool::new(false),
+        compact_bell: Bell::default(),
         key_bell: Bell::default(),
         fetches,
         dir: dir.to_path_buf(),
@@ -291,7 +309,7 @@ fn take_lock(dir: &Path, writing: Writing) -> std::result::Result<File, OpenErro
     }
 }
 
-fn read_root(store: &Store, keys: &DomainKeys, sealed: Seq) -> std::result::Result<RootRecord, OpenError> {
+fn read_root(store: &Store, keys: &DomainKeys, sealed: Seq) -> std::result::Result<Written, OpenError> {
     let key = rowkey::root(keys.domain());
     let row = store
         .get(Family::Meta, &key)?
@@ -306,7 +324,7 @@ fn read_root(store: &Store, keys: &DomainKeys, sealed: Seq) -> std::result::Resu
             root.commit_seq
         )));
     }
-    Ok(root)
+    Ok(Written { root, row })
 }
 
 fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8; 16]) -> Result<()> {
@@ -345,12 +363,17 @@ fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8
 }
 
 fn make_store(dir: &Path, params: &CreateParams, keys: &DomainKeys) -> Result<Seq> {
-    let store = Arc::new(Store::create(&dir.join(META), CREATE_CACHE_BYTES)?);
+    let limits = Limits::of(dir)?;
+    let store = Arc::new(Store::create(&dir.join(META), limits.sizes(CREATE_CACHE_BYTES))?);
     let root = RootRecord {
         ino_limit: FIRST_FREE_INO,
         ..RootRecord::default()
     };
-    let committer = Committer::new(Arc::clone(&store), root);
+    let nothing = Written {
+        root,
+        row: Vec::new(),
+    };
+    let committer = Committer::new(Arc::clone(&store), Arc::new(Space::new(dir, limits)), nothing);
     let node = NewNode {
         kind: FileKind::Directory,
         perm: 0o755,

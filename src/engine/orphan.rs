@@ -24,6 +24,13 @@ pub(crate) struct Orphans {
     slot_files: Mutex<Vec<(Seq, Ino)>>,
 }
 
+impl Orphans {
+    /// Whether none waits to be reclaimed.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.waiting.lock().is_empty() && self.slot_files.lock().is_empty()
+    }
+}
+
 impl Core {
     /// Takes back references of the kernel's. Needs no key.
     pub(crate) fn forget(&self, ino: Ino, count: u64) {
@@ -55,11 +62,16 @@ impl Core {
         }
     }
 
-    /// Reclaims every orphan that waits, each under access of its own. One that fails keeps no other from it.
+    /// Reclaims every orphan that waits, each under access of its own. One that fails keeps no other from it, as long as
+    /// there is room for its deletion.
     pub(crate) fn reclaim_all(&self) -> Result<()> {
         let mut outcome = Ok(());
         while let Some(done) = self.drain()?.reclaim_next() {
+            let is_no_room = done.as_ref().is_err_and(Error::is_no_room);
             outcome = outcome.and(done);
+            if is_no_room {
+                break;
+            }
         }
         outcome
     }
@@ -103,7 +115,8 @@ impl Access<'_> {
         self.put_row(batch, rowkey::orphan(ino), &[])
     }
 
-    /// Reclaims the next orphan that waits; `None` if there is none. One that fails waits for the next mount.
+    /// Reclaims the next orphan that waits; `None` if there is none. One that fails waits for the next mount, or, if there
+    /// was no room, for the next time.
     fn reclaim_next(&self) -> Option<Result<()>> {
         let ino = self.orphans.waiting.lock().pop_first()?;
         Some(match self.reclaim(ino) {
@@ -111,6 +124,10 @@ impl Access<'_> {
             Err(Error::Posix(libc::ESTALE)) => {
                 self.orphans.slot_files.lock().push((Seq::default(), ino));
                 Ok(())
+            }
+            Err(error) if error.is_no_room() => {
+                self.orphans.waiting.lock().insert(ino);
+                Err(error)
             }
             other => other,
         })
@@ -171,14 +188,19 @@ impl Access<'_> {
             *waiting = kept;
             gone
         };
+        if gone.is_empty() {
+            return Ok(());
+        }
         let mut batch = Batch::default();
-        for (_, ino) in &gone {
-            self.slots.remove(*ino)?;
+        let mut removed = gone.iter().map(|(_, ino)| {
             batch.delete(Family::Meta, rowkey::orphan(*ino));
+            self.slots.remove(*ino)
+        });
+        let outcome = removed.try_for_each(std::convert::identity);
+        let outcome = outcome.and_then(|()| self.commit(batch).map(|_| ()));
+        if outcome.is_err() {
+            self.orphans.slot_files.lock().extend(gone);
         }
-        if !gone.is_empty() {
-            self.commit(batch)?;
-        }
-        Ok(())
+        outcome
     }
 }

@@ -1,5 +1,6 @@
-//! The background: publishing by timer (rule R5), draining, giving freed space back, reclaiming orphans; watching
-//! the state of the CMK; fetching keys ahead of their use. Each has a thread of its own, since each may wait.
+//! The background: publishing by timer (rule R5), draining, giving freed space back, reclaiming orphans; compacting on a
+//! full host; watching the state of the CMK; fetching keys ahead of their use. Each has a thread of its own, since each
+//! may wait.
 
 use super::bell::Wake;
 use super::core::{Access, Core, Fetch};
@@ -7,15 +8,22 @@ use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
 use super::open::Opened;
 use super::seal;
+use super::space::Room;
 use super::types::Ino;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How often the upkeep thread looks for idle files and orphans, unless it publishes more often than that.
 const TICK_MAX: Duration = Duration::from_secs(1);
+
+/// How long the compacting thread waits if nothing rings.
+const COMPACT_MAX: Duration = Duration::from_secs(60);
+/// Compacting takes one part in so many of the time.
+const COMPACT_SHARE: u32 = 4;
 
 /// How long the KMS may be out of reach. It runs from before it was asked for, so that it never ends later here
 /// than there.
@@ -56,6 +64,7 @@ pub(crate) fn start(opened: Opened, which: Threads) -> Result<Vec<JoinHandle<()>
     threads.push(spawn("fetch", Box::new(move |core| fetch(&core, &jobs)))?);
     if !core.options.read_only {
         threads.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
+        threads.push(spawn("compact", Box::new(|core| compact(&core)))?);
         if let Some(sweep) = sweep {
             threads.push(spawn("sweep", Box::new(move |core| core.sweep(&sweep)))?);
         }
@@ -75,6 +84,37 @@ fn keep_up(core: &Core) {
         if let Err(error) = core.tick(due) {
             log_failure("upkeep", &error);
         }
+    }
+}
+
+/// Once the host has run low, what is deleted is given back to it at once: RocksDB would wait for writes.
+fn compact(core: &Core) {
+    let mut seen = core.committer.deletions();
+    let mut earliest = core.clock.monotonic();
+    while core.compact_bell.wait(COMPACT_MAX) == Wake::Work {
+        let (deletions, now) = (core.committer.deletions(), core.clock.monotonic());
+        if deletions == seen || now < earliest || !core.is_compaction_due.load(Ordering::Acquire) {
+            continue;
+        }
+        let go_on = || match core.compact_bell.is_stopped() {
+            true => Err(Error::Posix(libc::EINTR)),
+            false => Ok(()),
+        };
+        match core.store.compact(|| core.space.free(), go_on) {
+            Ok(true) => {
+                seen = deletions;
+                if core.space.room() == Room::Plenty
+                    && core.orphans.is_idle()
+                    && core.committer.deletions() == seen
+                {
+                    core.is_compaction_due.store(false, Ordering::Release);
+                }
+            }
+            Ok(false) => {}
+            Err(error) => log_failure("compacting", &error),
+        }
+        let took = core.clock.monotonic().saturating_duration_since(now);
+        earliest = now + took * COMPACT_SHARE;
     }
 }
 
@@ -138,7 +178,8 @@ impl Access<'_> {
 
 impl Core {
     fn tick(&self, publish: bool) -> Result<()> {
-        let mut outcome = self.reclaim_all();
+        let mut outcome = self.relieve();
+        outcome = outcome.and(self.reclaim_all());
         if publish {
             outcome = outcome.and(self.publish_all());
             outcome = outcome.and(self.drain()?.remove_slot_files());
@@ -149,6 +190,19 @@ impl Core {
             }
             Ok(())
         }))
+    }
+
+    /// Looks how much room the host has, and makes the best of it.
+    fn relieve(&self) -> Result<()> {
+        self.committer.relieve()?;
+        self.space.restore_ballast()?;
+        if self.space.look(self.active.pending_bytes())? != Room::Plenty {
+            self.is_compaction_due.store(true, Ordering::Release);
+        }
+        if self.is_compaction_due.load(Ordering::Acquire) {
+            self.compact_bell.ring();
+        }
+        Ok(())
     }
 
     /// Publishes every file, makes the log durable, and notes how far it reached.

@@ -122,6 +122,7 @@ impl Volume {
 
     fn stop_threads(&self) {
         self.core.upkeep_bell.stop();
+        self.core.compact_bell.stop();
         self.core.key_bell.stop();
         let threads = std::mem::take(&mut *self.threads.lock());
         if !threads.is_empty() && self.core.fetches.send(Fetch::Stop).is_err() {
@@ -455,14 +456,16 @@ impl Volume {
     pub fn statfs(&self) -> Result<StatFs> {
         let host = rustix::fs::statvfs(&self.core.dir)?;
         let root = self.core.committer.root();
-        let in_blocks = |count: u64| count.saturating_mul(host.f_frsize) / u64::from(StatFs::BLOCK_BYTES);
+        let bytes = |count: u64| count.saturating_mul(host.f_frsize);
+        let in_blocks = |bytes: u64| bytes / u64::from(StatFs::BLOCK_BYTES);
+        let usable = |count: u64| in_blocks(self.core.space.usable(bytes(count)));
         // Every file needs a record of a few hundred bytes, no inode of the host's.
-        let files_free = in_blocks(host.f_bavail).saturating_mul(4);
+        let files_free = usable(host.f_bavail).saturating_mul(4);
         Ok(StatFs {
             block_size: StatFs::BLOCK_BYTES,
-            blocks: in_blocks(host.f_blocks),
-            blocks_free: in_blocks(host.f_bfree),
-            blocks_available: in_blocks(host.f_bavail),
+            blocks: in_blocks(bytes(host.f_blocks)),
+            blocks_free: usable(host.f_bfree),
+            blocks_available: usable(host.f_bavail),
             files: root.inodes.saturating_add(files_free),
             files_free,
             name_max: super::table::NAME_BYTES_MAX as u32,

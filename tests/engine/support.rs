@@ -184,6 +184,11 @@ impl Fixture {
 
     /// Makes a volume.
     pub fn new() -> Self {
+        Self::prepared(|_| ())
+    }
+
+    /// Makes a volume in a directory that `prepare` has made something of.
+    pub fn prepared(prepare: impl FnOnce(&Path)) -> Self {
         let fixture = Self {
             scratch: tempfile::tempdir().unwrap(),
             kms: Arc::new(FakeKms::new(1)),
@@ -196,6 +201,8 @@ impl Fixture {
                 ..Options::default()
             },
         };
+        std::fs::create_dir(fixture.dir()).unwrap();
+        prepare(&fixture.dir());
         let params = CreateParams {
             cmk_arn: "acs:kms:local:1:key/test".to_owned(),
             uid: 0,
@@ -292,7 +299,7 @@ pub fn list(volume: &Volume, dir: Ino) -> Result<Vec<(Vec<u8>, Ino)>, Error> {
 }
 
 /// Waits until `holds`; fails after a minute, which is no matter of timing.
-pub fn eventually(holds: impl Fn() -> bool) {
+pub fn eventually(mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
         assert!(

@@ -20,9 +20,9 @@ struct Bodies<'s> {
 }
 
 impl<'s> Bodies<'s> {
-    fn new(core: &'s Core, from: &[u8], to: &[u8]) -> Result<Self> {
-        let rows = core.store.rows(Family::Content, from, to)?.peekable();
-        Ok(Self { core, rows })
+    fn new(core: &'s Core, from: &[u8], to: &[u8]) -> Self {
+        let rows = core.store.rows(Family::Content, from, to).peekable();
+        Self { core, rows }
     }
 
     /// The next row's key and length, if it comes before `end`.
@@ -53,7 +53,7 @@ impl Check<'_> {
     pub(super) fn check_content(&mut self) -> Result<()> {
         let mut file = FileContent::default();
         let (from, to) = rowkey::all_content(Domain::FIRST);
-        let mut bodies = Bodies::new(self.core, &from, &to)?;
+        let mut bodies = Bodies::new(self.core, &from, &to);
         let bodies = &mut bodies;
         self.each_row(Kind::Chunk, "chunks", None, |check, key, sealed| {
             let (ino, index) = rowkey::numbers(key);

@@ -1,0 +1,220 @@
+//! Room on the host: a reserve that only the database, and what frees space, may use.
+//!
+//! Content that grows is refused below a margin of free space, so that our own writes never take what RocksDB needs to
+//! store and to compact what it took in. Others may fill the host to its last block: then the ballast, a file that takes
+//! space for nothing, is given up, and the database goes on in what that leaves.
+
+use super::error::{Error, Result};
+use super::store::Sizes;
+use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, Mode, OFlags, StatVfs};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
+
+/// The ballast's name in the volume's directory.
+pub(crate) const BALLAST: &str = "ballast";
+/// The margin: a sixteenth of the host within these bounds, in bytes.
+const MARGIN_BYTES_MIN: u64 = 16 << 20;
+const MARGIN_BYTES_MAX: u64 = 512 << 20;
+/// The ballast is an eighth of the margin and at least this, in bytes.
+const BALLAST_BYTES_MIN: u64 = 8 << 20;
+/// A log and its memtables take half the margin at most, and no more than these.
+const WRITE_BUFFER_BYTES_MAX: u64 = 32 << 20;
+const LOG_BYTES_MAX: u64 = 256 << 20;
+/// Bytes that are taken in before the host is asked again how much it has.
+const CREDIT_BYTES_MAX: i64 = 64 << 20;
+
+/// How much room there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(crate) enum Room {
+    /// For what frees space.
+    Reserve,
+    /// For that, and for new versions of what is there.
+    Low,
+    /// For everything.
+    Plenty,
+}
+
+/// What is kept free on a host of some size, and how the database is bounded so that this is enough for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// In bytes.
+    pub(crate) margin: u64,
+    /// In bytes.
+    pub(crate) ballast: u64,
+}
+
+impl Limits {
+    /// For the host of `dir`.
+    pub(crate) fn of(dir: &Path) -> Result<Self> {
+        let host = rustix::fs::statvfs(dir)?;
+        Ok(Self::for_host(host.f_blocks.saturating_mul(host.f_frsize)))
+    }
+
+    fn for_host(bytes: u64) -> Self {
+        let margin = (bytes / 16).clamp(MARGIN_BYTES_MIN, MARGIN_BYTES_MAX);
+        Self {
+            margin,
+            ballast: (margin / 8).max(BALLAST_BYTES_MIN),
+        }
+    }
+
+    pub(crate) fn sizes(self, cache_bytes: usize) -> Sizes {
+        // Two families, each with a memtable that fills and one that is being stored.
+        let write_buffer = (self.margin / 8).min(WRITE_BUFFER_BYTES_MAX);
+        Sizes {
+            cache_bytes,
+            write_buffer_bytes: usize::try_from(write_buffer).unwrap_or(usize::MAX),
+            log_bytes_max: (self.margin / 2).min(LOG_BYTES_MAX),
+        }
+    }
+}
+
+/// Watches the host's free space, and holds the ballast.
+pub(crate) struct Space {
+    dir: PathBuf,
+    limits: Limits,
+    /// Bytes that may still be taken in before the host is asked again.
+    credit: AtomicI64,
+    room: AtomicU8,
+    /// Whether the ballast is there. Held while that changes.
+    ballast: Mutex<bool>,
+}
+
+impl Space {
+    /// For a volume that is to be written.
+    pub(crate) fn new(dir: &Path, limits: Limits) -> Self {
+        let allocated = std::fs::metadata(dir.join(BALLAST)).map(|ballast| ballast.blocks() * 512);
+        let is_there = allocated.is_ok_and(|bytes| bytes >= limits.ballast);
+        Self {
+            dir: dir.to_path_buf(),
+            limits,
+            credit: AtomicI64::new(0),
+            room: AtomicU8::new(Room::Plenty as u8),
+            ballast: Mutex::new(is_there),
+        }
+    }
+
+    /// Takes `bytes` of the room there is, and says how much that was; `pending` were taken before and are not stored yet.
+    pub(crate) fn take(&self, bytes: usize, pending: u64) -> Result<Room> {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        if self.credit.fetch_sub(bytes, Ordering::Relaxed) < bytes {
+            self.look(pending)?;
+        }
+        Ok(self.room())
+    }
+
+    /// How much there was when the host was last asked.
+    pub(crate) fn room(&self) -> Room {
+        match self.room.load(Ordering::Relaxed) {
+            0 => Room::Reserve,
+            1 => Room::Low,
+            _ => Room::Plenty,
+        }
+    }
+
+    /// Asks the host how much it has, `pending` bytes of which are taken.
+    pub(crate) fn look(&self, pending: u64) -> Result<Room> {
+        let free = self.free()?;
+        let above = self.usable(free).saturating_sub(pending);
+        let room = match free {
+            _ if above > 0 => Room::Plenty,
+            _ if free >= self.missing_ballast() => Room::Low,
+            _ => Room::Reserve,
+        };
+        // Half of what is left, since others take from it as well.
+        let credit = i64::try_from(above / 2).unwrap_or(i64::MAX).min(CREDIT_BYTES_MAX);
+        self.credit.store(credit, Ordering::Relaxed);
+        if self.room.swap(room as u8, Ordering::Relaxed) != room as u8 {
+            tracing::info!(
+                ?room,
+                free,
+                margin = self.limits.margin,
+                "the host's room has changed"
+            );
+        }
+        Ok(room)
+    }
+
+    /// Bytes that the host has.
+    pub(crate) fn free(&self) -> Result<u64> {
+        Ok(available(&rustix::fs::statvfs(&self.dir)?))
+    }
+
+    /// Bytes of `available` that may be filled before the margin is reached.
+    pub(crate) fn usable(&self, available: u64) -> u64 {
+        available
+            .saturating_sub(self.limits.margin)
+            .saturating_sub(self.missing_ballast())
+    }
+
+    /// Bytes that the ballast is to take again.
+    fn missing_ballast(&self) -> u64 {
+        match *self.ballast.lock() {
+            true => 0,
+            false => self.limits.ballast,
+        }
+    }
+
+    /// Gives the ballast's space to whoever needs it. The database goes on in that.
+    pub(crate) fn give_up_ballast(&self) {
+        let mut is_there = self.ballast.lock();
+        if !std::mem::take(&mut *is_there) {
+            return;
+        }
+        match std::fs::remove_file(self.dir.join(BALLAST)) {
+            Ok(()) => tracing::warn!("the host is full: the ballast is given up for what frees space"),
+            Err(error) => tracing::error!(%error, "the ballast could not be given up"),
+        }
+    }
+
+    /// Takes the ballast's space if there is plenty besides. A host that cannot reserve space goes without.
+    pub(crate) fn restore_ballast(&self) -> Result<()> {
+        let mut is_there = self.ballast.lock();
+        if *is_there || self.free()? < self.limits.margin.saturating_add(self.limits.ballast) {
+            return Ok(());
+        }
+        let path = self.dir.join(BALLAST);
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+        let reserved = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
+            .and_then(|file| rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.limits.ballast));
+        match reserved {
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+                tracing::info!("the host cannot reserve space: the volume has no ballast");
+                // An empty file says that it was tried.
+                *is_there = true;
+                Ok(())
+            }
+            Err(errno) => {
+                let _gone = std::fs::remove_file(&path);
+                Err(Error::io("reserve the ballast", &errno.into()))
+            }
+            Ok(()) => {
+                *is_there = true;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Bytes of a host that anyone may use.
+fn available(host: &StatVfs) -> u64 {
+    host.f_bavail.saturating_mul(host.f_frsize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_margin_holds_the_log_and_twice_the_memtables() {
+        for host in [0, 64 << 20, 1 << 30, 8 << 30, 1 << 50] {
+            let limits = Limits::for_host(host);
+            let sizes = limits.sizes(128 << 20);
+            assert!(sizes.log_bytes_max + 4 * sizes.write_buffer_bytes as u64 <= limits.margin);
+            assert!(limits.ballast * 2 <= limits.margin);
+        }
+    }
+}

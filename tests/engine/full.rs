@@ -1,0 +1,279 @@
+//! A host that is filled to its last block, by the volume itself or by others.
+
+use crate::support::{FILE, Fixture, content, copy_dir, eventually, noise};
+use cmkfs::engine::{Error, Ino, Volume};
+use rustix::mount::UnmountFlags;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+const HOST_BYTES: u64 = 128 << 20;
+
+/// A volume on a small ext4 of its own.
+struct SmallHost {
+    fixture: Fixture,
+}
+
+impl SmallHost {
+    fn new() -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "these tests mount a small ext4: run them as root"
+        );
+        let fixture = Fixture::prepared(|dir| {
+            let image = dir.with_extension("image");
+            File::create(&image).unwrap().set_len(HOST_BYTES).unwrap();
+            run(Command::new("mkfs.ext4")
+                .args(["-q", "-F", "-m", "0"])
+                .arg(&image));
+            run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(dir));
+            std::fs::remove_dir(dir.join("lost+found")).unwrap();
+        });
+        Self { fixture }
+    }
+
+    fn filling(&self) -> PathBuf {
+        self.fixture.dir().join("filling")
+    }
+
+    /// Somebody else takes all but `left` bytes.
+    fn fill(&self, left: u64) {
+        let mut file = File::options()
+            .append(true)
+            .create(true)
+            .open(self.filling())
+            .unwrap();
+        let mut piece = vec![1; 1 << 20];
+        while !piece.is_empty() {
+            let host = rustix::fs::statvfs(self.fixture.dir()).unwrap();
+            let is_left = left > 0 && host.f_bavail * host.f_frsize <= left + piece.len() as u64;
+            if is_left || file.write_all(&piece).is_err() {
+                piece.truncate(piece.len() / 2);
+            }
+        }
+        // What ext4 promised without a block for it.
+        let _full = file.sync_all();
+    }
+
+    /// Lets the background do what is due, until `holds`.
+    fn in_time(&self, mut holds: impl FnMut() -> bool) {
+        eventually(|| {
+            self.fixture.clock.advance(Duration::from_secs(10));
+            holds()
+        });
+    }
+}
+
+impl Drop for SmallHost {
+    fn drop(&mut self) {
+        rustix::mount::unmount(self.fixture.dir(), UnmountFlags::DETACH).unwrap();
+    }
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {output:?}");
+}
+
+fn is_full<T>(result: &Result<T, Error>) -> bool {
+    result
+        .as_ref()
+        .err()
+        .is_some_and(|error| error.errno() == libc::ENOSPC)
+}
+
+/// What is in a volume, as far as it was acknowledged.
+#[derive(Default)]
+struct Kept {
+    files: BTreeMap<String, (Ino, Vec<u8>)>,
+    made: u64,
+}
+
+impl Kept {
+    /// Makes a file, stored; false if there is no room for it.
+    fn add(&mut self, volume: &Volume, length: usize) -> bool {
+        self.made += 1;
+        let (name, bytes) = (format!("file {}", self.made), noise(self.made, length));
+        let made = volume.make(Ino::ROOT, name.as_bytes(), &FILE);
+        if is_full(&made) {
+            return false;
+        }
+        let ino = made.unwrap().ino;
+        let stored = volume.write_back(ino, 0, &bytes).and_then(|()| volume.fsync(ino));
+        volume.forget(ino, 1);
+        if is_full(&stored) {
+            let removed = volume.unlink(Ino::ROOT, name.as_bytes());
+            assert!(removed.is_ok() || is_full(&removed));
+            return false;
+        }
+        stored.unwrap();
+        self.files.insert(name, (ino, bytes));
+        true
+    }
+
+    fn fill(&mut self, volume: &Volume, lengths: &[usize]) {
+        let mut lengths = lengths.iter().cycle();
+        while self.add(volume, *lengths.next().unwrap()) {}
+    }
+
+    fn remove_every_other(&mut self, volume: &Volume) {
+        let names: Vec<_> = self.files.keys().step_by(2).cloned().collect();
+        for name in names {
+            volume.unlink(Ino::ROOT, name.as_bytes()).unwrap();
+            self.files.remove(&name);
+        }
+    }
+
+    fn check(&self, volume: &Volume) {
+        for (ino, bytes) in self.files.values() {
+            assert!(content(volume, *ino).unwrap() == *bytes);
+        }
+    }
+
+    /// Everything is there, nothing more is, and all of it is sound.
+    fn check_closed(&self, host: &SmallHost, volume: Arc<Volume>) {
+        volume.close().unwrap();
+        drop(volume);
+        self.check(&host.fixture.open());
+        host.fixture.assert_consistent();
+    }
+}
+
+const LARGE: usize = 3 << 20;
+const SMALL: usize = 3000;
+const MIXED: [usize; 5] = [SMALL, 20_000, SMALL, 300_000, LARGE];
+
+#[test]
+fn a_volume_that_filled_its_host_is_read_emptied_and_filled_again() {
+    for lengths in [&[LARGE][..], &MIXED, &[SMALL, 20_000]] {
+        let host = SmallHost::new();
+        let volume = host.fixture.open();
+        let mut kept = Kept::default();
+        kept.fill(&volume, lengths);
+        let first = kept.files.values().map(|(_, bytes)| bytes.len()).sum::<usize>();
+        assert!(first as u64 > HOST_BYTES / 2, "{first}");
+        kept.check(&volume);
+        // What is there can be written again.
+        let (name, (ino, mut bytes)) = kept.files.pop_first().unwrap();
+        bytes[..2000].fill(7);
+        volume.write_back(ino, 0, &bytes[..2000]).unwrap();
+        volume.fsync(ino).unwrap();
+        kept.files.insert(name, (ino, bytes));
+        kept.remove_every_other(&volume);
+        host.in_time(|| volume.statfs().unwrap().blocks_available * 4096 > first as u64 / 3);
+        kept.fill(&volume, lengths);
+        let second = kept.files.values().map(|(_, bytes)| bytes.len()).sum::<usize>();
+        assert!(second > first / 5 * 4, "{first} {second}");
+        kept.check_closed(&host, volume);
+    }
+}
+
+#[test]
+fn a_host_filled_by_others_to_its_last_block_costs_nothing_that_is_there() {
+    for lengths in [&MIXED[..], &[SMALL, 20_000]] {
+        let host = SmallHost::new();
+        let volume = host.fixture.open();
+        let mut kept = Kept::default();
+        while kept.files.values().map(|(_, bytes)| bytes.len()).sum::<usize>() < 70 << 20 {
+            assert!(lengths.iter().all(|length| kept.add(&volume, *length)));
+        }
+        host.fill(0);
+        kept.fill(&volume, &[SMALL]);
+        // Changes that need no room of their own find the ballast's.
+        for _ in 0..100 {
+            let (_, (ino, bytes)) = kept.files.iter_mut().next().unwrap();
+            let next = bytes[0].wrapping_add(1);
+            bytes[..100].fill(next);
+            let changed = volume
+                .write_back(*ino, 0, &bytes[..100])
+                .and_then(|()| volume.fsync(*ino));
+            assert!(changed.is_ok() || is_full(&changed), "{changed:?}");
+            *bytes = content(&volume, *ino).unwrap();
+        }
+        kept.check(&volume);
+        kept.remove_every_other(&volume);
+        host.in_time(|| kept.add(&volume, LARGE));
+        std::fs::remove_file(host.filling()).unwrap();
+        host.in_time(|| volume.statfs().unwrap().blocks_available * 4096 > 20 << 20);
+        assert!(!volume.status().failed);
+        assert!((0..5).all(|_| kept.add(&volume, LARGE)));
+        kept.check_closed(&host, volume);
+    }
+}
+
+#[test]
+fn what_was_synced_on_a_full_host_survives_a_crash() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..100).all(|_| kept.add(&volume, SMALL) && kept.add(&volume, 300_000)));
+    host.fill(0);
+    kept.fill(&volume, &[SMALL]);
+    kept.remove_every_other(&volume);
+    volume.fsync(Ino::ROOT).unwrap();
+    std::fs::remove_file(host.filling()).unwrap();
+    let copy = host.fixture.scratch.path().join("copy");
+    copy_dir(&host.fixture.dir(), &copy);
+    let copied = host.fixture.try_open_at(&copy).unwrap();
+    kept.check(&copied);
+    let there = crate::support::list(&copied, Ino::ROOT).unwrap();
+    assert!(
+        there
+            .iter()
+            .all(|(name, _)| kept.files.contains_key(std::str::from_utf8(name).unwrap()))
+    );
+    kept.check_closed(&host, volume);
+}
+
+#[test]
+fn a_volume_opens_on_a_full_host() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..200).all(|_| kept.add(&volume, SMALL) && kept.add(&volume, 100_000)));
+    host.fill(0);
+    // A crash: what is in the log has to be recovered without room.
+    drop(volume);
+    let volume = host.fixture.open();
+    kept.check(&volume);
+    kept.remove_every_other(&volume);
+    kept.check(&volume);
+    std::fs::remove_file(host.filling()).unwrap();
+    host.in_time(|| kept.files.len() == 200 && volume.statfs().unwrap().blocks_available > 0);
+    assert!(kept.add(&volume, LARGE));
+    kept.check_closed(&host, volume);
+}
+
+#[test]
+fn a_compaction_without_room_ends_no_volume() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..1000).all(|_| kept.add(&volume, 10_000)));
+    for left in [6 << 20, 2 << 20, 0] {
+        host.fill(left);
+        // Memtables fill, are stored, and compacted.
+        for round in 0..30 {
+            let names: Vec<_> = kept.files.keys().cloned().collect();
+            for name in names.iter().skip(round).step_by(40) {
+                let (ino, bytes) = kept.files.get_mut(name).unwrap();
+                let written = volume
+                    .write_back(*ino, 0, &noise(round as u64, 5000))
+                    .and_then(|()| volume.fsync(*ino));
+                assert!(written.is_ok() || is_full(&written), "{written:?}");
+                *bytes = content(&volume, *ino).unwrap();
+            }
+        }
+        kept.check(&volume);
+    }
+    assert!(!volume.status().failed);
+    kept.remove_every_other(&volume);
+    std::fs::remove_file(host.filling()).unwrap();
+    host.in_time(|| volume.statfs().unwrap().blocks_available * 4096 > 25 << 20);
+    assert!(kept.add(&volume, LARGE));
+    kept.check_closed(&host, volume);
+}
