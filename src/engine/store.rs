@@ -511,10 +511,10 @@ fn failed(what: &str, error: &rocksdb::Error) -> Error {
         return Error::Corrupt { what: message };
     }
     // RocksDB reports a full disk as an I/O error whose text carries strerror(3)'s words.
-    let errno = if message.contains("No space left") {
-        libc::ENOSPC
-    } else {
-        libc::EIO
+    let errno = match &message {
+        full if full.contains("No space left") => libc::ENOSPC,
+        full if full.contains("Disk quota exceeded") => libc::EDQUOT,
+        _ => libc::EIO,
     };
     Error::Storage { errno, message }
 }
