@@ -6,9 +6,9 @@ use super::format::root::RootRecord;
 use super::format::rowkey::{self, Family};
 use super::keys::DomainKeys;
 use super::store::{Change, Store};
-use parking_lot::Mutex;
+use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use super::sync::{Mutex, rank};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The number of a commit. Each batch written to the log has the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -47,15 +47,15 @@ impl Batch {
 
 struct Waiting {
     batch: Batch,
-    outcome: Arc<Mutex<Option<Result<Seq>>>>,
+    outcome: Arc<Mutex<Option<Result<Seq>>, rank::LogOutcome>>,
 }
 
 /// Orders commits and knows which of them are durable.
 pub(crate) struct Committer {
     store: Arc<Store>,
-    queue: Mutex<Vec<Waiting>>,
-    writer: Mutex<RootRecord>,
-    syncing: Mutex<()>,
+    queue: Mutex<Vec<Waiting>, rank::LogQueue>,
+    writer: Mutex<RootRecord, rank::LogWriter>,
+    syncing: Mutex<(), rank::LogSync>,
     committed: AtomicU64,
     durable: AtomicU64,
     poisoned: AtomicBool,

@@ -35,6 +35,7 @@ mod slots;
 mod staged;
 mod store;
 mod sweep;
+mod sync;
 mod table;
 mod types;
 mod upkeep;

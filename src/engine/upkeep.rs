@@ -7,6 +7,7 @@ use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
 use super::open::Opened;
 use super::seal;
+use super::sync::before_purge;
 use super::types::Ino;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -266,6 +267,7 @@ impl Core {
         let observer = self.observer.lock().clone();
         if let Some(observer) = observer {
             let known: Vec<Ino> = self.nodes.known();
+            before_purge();
             observer.purge(&known);
         }
     }
