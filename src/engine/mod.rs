@@ -23,6 +23,8 @@ mod keyring;
 mod keys;
 mod keyservice;
 mod layout;
+#[cfg(all(test, feature = "shuttle"))]
+mod models;
 mod namespace;
 mod node;
 mod nursery;
@@ -33,6 +35,10 @@ mod runs;
 mod seal;
 mod slots;
 mod staged;
+#[cfg(not(feature = "shuttle"))]
+mod store;
+#[cfg(feature = "shuttle")]
+#[path = "models/store.rs"]
 mod store;
 mod sweep;
 mod sync;

@@ -106,6 +106,10 @@ mod order {
         static HELD: RefCell<Vec<Place>> = const { RefCell::new(Vec::new()) };
     }
 
+    fn with_held<T>(look: impl FnOnce(&mut Vec<Place>) -> T) -> T {
+        HELD.with(|held| look(&mut held.borrow_mut()))
+    }
+
     /// Whether a lock was ever taken out of order.
     static BROKEN: AtomicBool = AtomicBool::new(false);
 
@@ -133,11 +137,11 @@ mod order {
         /// Notes that the lock is about to be taken: before it is waited for, since what is wrong may never end.
         #[track_caller]
         pub(super) fn enter(self) -> Held {
-            let last = HELD.with_borrow(|held| held.last().copied());
+            let last = with_held(|held| held.last().copied());
             if let Some(last) = last.filter(|last| *last >= self || last.0 >= FIRST_LEAF) {
                 violated(format_args!("{self} is taken under {last}"));
             }
-            HELD.with_borrow_mut(|held| held.push(self));
+            with_held(|held| held.push(self));
             Held(self)
         }
     }
@@ -146,7 +150,7 @@ mod order {
         /// Checks that the thread, which is about to wait for what another does, holds nothing else.
         #[track_caller]
         pub(super) fn is_alone(&self) {
-            let other = HELD.with_borrow(|held| held.iter().find(|other| **other != self.0).copied());
+            let other = with_held(|held| held.iter().find(|other| **other != self.0).copied());
             if let Some(other) = other {
                 violated(format_args!("{} is waited on under {other}", self.0));
             }
@@ -155,13 +159,13 @@ mod order {
 
     impl Drop for Held {
         fn drop(&mut self) {
-            HELD.with_borrow_mut(|held| held.retain(|other| *other != self.0));
+            with_held(|held| held.retain(|other| *other != self.0));
         }
     }
 
     #[track_caller]
     pub(super) fn at_most(limit: Option<Rank>, what: &str) {
-        let above = HELD.with_borrow(|held| held.iter().find(|place| Some(place.0) > limit).copied());
+        let above = with_held(|held| held.iter().find(|place| Some(place.0) > limit).copied());
         if let Some(above) = above {
             violated(format_args!("{what} comes under {above}"));
         }
