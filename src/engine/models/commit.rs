@@ -9,6 +9,7 @@ use crate::engine::format::rowkey::{self, Family};
 use crate::engine::keys::DomainKeys;
 use crate::engine::store::{Change, Disk, Store};
 use crate::engine::types::Domain;
+use shuttle::rand::{Rng, thread_rng};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -184,9 +185,8 @@ fn commits_are_ordered_and_none_is_lost_and_a_sync_covers_what_it_answers_for() 
 #[test]
 fn after_a_failed_append_or_sync_nobody_succeeds() {
     explore(5000, || {
-        let good = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 0..9_usize);
         let mut disk = Disk::default();
-        disk.good = Some(good);
+        disk.good = Some(thread_rng().gen_range(0..9));
         let world = run(disk);
         world.check_log();
         let has_failed = world.store.disk().good.is_none();

@@ -25,8 +25,9 @@ const STACK_BYTES: usize = 256 << 10;
 fn explore(count: usize, model: impl Fn() + Send + Sync + Copy + 'static) {
     let mut config = Config::new();
     config.stack_size = STACK_BYTES;
-    Runner::new(RandomScheduler::new(count), config.clone()).run(model);
-    Runner::new(PctScheduler::new(DEPTH, count), config).run(model);
+    let runs = Runner::new(RandomScheduler::new(count), config.clone()).run(model)
+        + Runner::new(PctScheduler::new(DEPTH, count), config).run(model);
+    assert_eq!(runs, 2 * count);
 }
 
 /// Starts threads, and waits for all of them.
