@@ -7,6 +7,7 @@
 mod bell;
 mod commit;
 mod keyring;
+mod slots;
 
 use super::keyservice::{IssuedKey, KeyContext, KeyError, KeyService};
 use kms_crypto::SecretKey;
