@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs every test; arguments go to `cargo test`, and leave the first runs of the
-# engine's tests out. The target directory lies outside the clone, so that a second clone on the same machine compiles
+# Installs what is missing, then runs every test; arguments go to `cargo test`, and leave the first runs, of
+# the engine alone, out. The target directory lies outside the clone, so that a second clone on the same machine compiles
 # nothing twice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,6 +23,8 @@ if [[ $# -eq 0 ]]; then
         build
         die "with the order of locks asserted the engine's tests fail"
     }
+    step "run the models of the engine's concurrent parts"
+    order --features cmkfs/shuttle --lib models::
 fi
 step "build and run the tests (target directory: $CARGO_TARGET_DIR)"
 exec cargo test --release --locked --workspace "$@"
