@@ -23,7 +23,8 @@ mod keyring;
 mod keys;
 mod keyservice;
 mod layout;
-#[cfg(all(test, feature = "shuttle"))]
+#[cfg(feature = "shuttle")]
+#[cfg(test)]
 mod models;
 mod namespace;
 mod node;

@@ -36,6 +36,7 @@ pub(crate) struct Disk {
 
 impl Disk {
     /// The disk after a power cut that left the first `count` batches.
+    #[cfg(test)]
     pub(crate) fn cut(&self, count: usize) -> Self {
         let mut disk = Self::default();
         for batch in self.log.iter().take(count) {
