@@ -1,19 +1,19 @@
 //! The nodes that hold something storage does not, or that wait for something to become durable.
 
 use super::node::{Node, NodeState};
+use super::sync::atomic::{AtomicU64, Ordering};
+use super::sync::{Mutex, rank};
 use super::types::Ino;
-use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pending content held in memory before writers must publish it themselves, in bytes.
 const PENDING_BYTES_MAX: u64 = 64 << 20;
 
-/// Keeps active nodes in memory, and counts what they hold. Its lock is a leaf: it is taken under a node's lock.
+/// Keeps active nodes in memory, and counts what they hold.
 #[derive(Default)]
 pub(crate) struct Active {
-    nodes: Mutex<HashMap<Ino, Arc<Node>>>,
+    nodes: Mutex<HashMap<Ino, Arc<Node>>, rank::Active>,
     pending_bytes: AtomicU64,
 }
 

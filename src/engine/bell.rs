@@ -1,6 +1,6 @@
 //! Wakes a background thread before its time, or ends it.
 
-use parking_lot::{Condvar, Mutex};
+use super::sync::{Condvar, Mutex, rank};
 use std::time::Duration;
 
 /// Why a waiting thread goes on.
@@ -21,7 +21,7 @@ struct State {
 /// One thread waits, any thread rings. A ring while it works is not lost.
 #[derive(Default)]
 pub(crate) struct Bell {
-    state: Mutex<State>,
+    state: Mutex<State, rank::Bell>,
     changed: Condvar,
 }
 
@@ -45,7 +45,7 @@ impl Bell {
     pub(crate) fn wait(&self, limit: Duration) -> Wake {
         let mut state = self.state.lock();
         if !state.rung && !state.stopped {
-            self.changed.wait_for(&mut state, limit);
+            state = self.changed.wait_for(state, limit);
         }
         state.rung = false;
         if state.stopped { Wake::Stop } else { Wake::Work }

@@ -1,8 +1,8 @@
 //! Decoded chunk records as they are published: a bounded cache in front of the store.
 
 use super::format::chunk::Chunk;
+use super::sync::{Mutex, rank};
 use lru::LruCache;
-use parking_lot::Mutex;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -14,7 +14,9 @@ const SHARDS: usize = 16;
 type Key = (u64, u64);
 
 /// The cache. Entries are put in under the node's lock, so that none is older than what the store holds.
-pub(crate) struct ChunkCache(Vec<Mutex<LruCache<Key, Arc<Chunk>>>>);
+pub(crate) struct ChunkCache(Vec<Shard>);
+
+type Shard = Mutex<LruCache<Key, Arc<Chunk>>, rank::ChunkCache>;
 
 impl ChunkCache {
     pub(crate) fn new() -> Self {
@@ -26,7 +28,7 @@ impl ChunkCache {
         )
     }
 
-    fn shard(&self, key: Key) -> Option<&Mutex<LruCache<Key, Arc<Chunk>>>> {
+    fn shard(&self, key: Key) -> Option<&Shard> {
         self.0
             .get((key.0.wrapping_mul(31).wrapping_add(key.1) % SHARDS as u64) as usize)
     }

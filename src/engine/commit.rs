@@ -7,10 +7,10 @@ use super::format::rowkey::{self, Family};
 use super::keys::DomainKeys;
 use super::space::Space;
 use super::store::{Change, Mode, Store, SyncError};
+use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use super::sync::{Mutex, rank};
 use super::types::Domain;
-use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The number of a commit. Each batch written to the log has the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -52,7 +52,7 @@ const APPENDS_MAX: usize = 2;
 
 struct Waiting {
     batch: Batch,
-    outcome: Arc<Mutex<Option<Result<Seq>>>>,
+    outcome: Arc<Mutex<Option<Result<Seq>>, rank::LogOutcome>>,
 }
 
 /// The root record as of the last commit, and as it is stored: no other commit ends with these bytes.
@@ -71,9 +71,9 @@ struct Writer {
 pub(crate) struct Committer {
     store: Arc<Store>,
     space: Arc<Space>,
-    queue: Mutex<Vec<Waiting>>,
-    writer: Mutex<Writer>,
-    syncing: Mutex<()>,
+    queue: Mutex<Vec<Waiting>, rank::LogQueue>,
+    writer: Mutex<Writer, rank::LogWriter>,
+    syncing: Mutex<(), rank::LogSync>,
     committed: AtomicU64,
     durable: AtomicU64,
     /// Commits that deleted something.

@@ -19,9 +19,9 @@ use super::orphan::Orphans;
 use super::slots::Slots;
 use super::space::{Room, Space};
 use super::store::Store;
+use super::sync::{Mutex, rank};
 use super::types::{FileKind, Ino, Timestamp};
 use super::volume::Options;
-use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Deref;
@@ -49,15 +49,15 @@ pub(crate) struct Core {
     pub(crate) active: Active,
     pub(crate) orphans: Orphans,
     /// Files of which a failed sync lost content: they outlive their nodes (rule R6).
-    pub(crate) poisoned: Mutex<HashSet<Ino>>,
+    pub(crate) poisoned: Mutex<HashSet<Ino>, rank::Poisoned>,
     /// Held by renames from one directory to another: while it is, no directory's ancestors change.
-    pub(crate) rename: Mutex<()>,
+    pub(crate) rename: Mutex<(), rank::Rename>,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) observer: Mutex<Option<Arc<dyn CacheObserver>>>,
+    pub(crate) observer: Mutex<Option<Arc<dyn CacheObserver>>, rank::Observer>,
     /// Whether slot files may hold what an unclean stop left.
     pub(crate) is_unswept: AtomicBool,
     /// What the seal file says.
-    pub(crate) sealed: Mutex<Seq>,
+    pub(crate) sealed: Mutex<Seq, rank::SealFile>,
     /// Wakes the thread that publishes, drains and reclaims.
     pub(crate) upkeep_bell: Bell,
     /// Whether the host ran low, and what was deleted has not been given back to it since.

@@ -7,13 +7,13 @@
 use super::error::{Error, Result};
 use super::keys::{DomainKeys, FileKey};
 use super::keyservice::{KeyContext, KeyError, KeyService};
+use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use super::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard, before_call_to_kms, rank};
 use super::types::{Domain, Ino};
 use kms_crypto::SecretKey;
 use lru::LruCache;
-use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Most keys in one call to the KMS.
@@ -79,10 +79,10 @@ pub(crate) struct Keyring {
     volume: [u8; 16],
     superblock_hash: [u8; 32],
     wrapped_vk: Vec<u8>,
-    gate: RwLock<Gate>,
+    gate: RwLock<Gate, rank::Gate>,
     /// Somebody waits for the operations under way to end.
     closing: AtomicBool,
-    files: Vec<Mutex<LruCache<Ino, Arc<FileKey>>>>,
+    files: Vec<Mutex<LruCache<Ino, Arc<FileKey>>, rank::FileKeys>>,
     calls: AtomicU64,
 }
 
@@ -197,6 +197,7 @@ impl Keyring {
             domain: Domain::FIRST,
             superblock_hash: self.superblock_hash,
         };
+        before_call_to_kms();
         self.calls.fetch_add(1, Ordering::Relaxed);
         let mut opened = self.service.open(&[(context, self.wrapped_vk.clone())])?;
         let vk = opened
@@ -242,6 +243,7 @@ impl Keyring {
 
     /// Renews the lease.
     pub(crate) fn renew(&self) -> std::result::Result<Duration, KeyError> {
+        before_call_to_kms();
         self.service.renew()
     }
 
@@ -273,6 +275,7 @@ impl Keyring {
                 ino,
             })
             .collect();
+        before_call_to_kms();
         self.calls.fetch_add(1, Ordering::Relaxed);
         let issued = self
             .service
@@ -320,6 +323,7 @@ impl Keyring {
                 )
             })
             .collect();
+        before_call_to_kms();
         self.calls.fetch_add(1, Ordering::Relaxed);
         self.service.open(&items)
     }
@@ -328,7 +332,7 @@ impl Keyring {
         Arc::new(FileKey::new(dek, self.volume, ino))
     }
 
-    fn shard(&self, ino: Ino) -> Option<&Mutex<LruCache<Ino, Arc<FileKey>>>> {
+    fn shard(&self, ino: Ino) -> Option<&Mutex<LruCache<Ino, Arc<FileKey>>, rank::FileKeys>> {
         self.files.get(usize::try_from(ino.0).unwrap_or(0) % CACHE_SHARDS)
     }
 }

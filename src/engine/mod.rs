@@ -23,6 +23,9 @@ mod keyring;
 mod keys;
 mod keyservice;
 mod layout;
+#[cfg(feature = "shuttle")]
+#[cfg(test)]
+mod models;
 mod namespace;
 mod node;
 mod nursery;
@@ -34,8 +37,13 @@ mod seal;
 mod slots;
 mod space;
 mod staged;
+#[cfg(not(feature = "shuttle"))]
+mod store;
+#[cfg(feature = "shuttle")]
+#[path = "models/store.rs"]
 mod store;
 mod sweep;
+mod sync;
 mod table;
 mod types;
 mod upkeep;

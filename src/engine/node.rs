@@ -4,9 +4,9 @@ use super::commit::Seq;
 use super::format::chunk::{CHUNK_BLOCKS, Chunk};
 use super::format::inode::{ContentState, InodeRecord};
 use super::runs::Runs;
+use super::sync::{Mutex, RwLock, RwLockWriteGuard, rank};
 use super::types::Ino;
 use lru::LruCache;
-use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -15,12 +15,12 @@ use std::time::Instant;
 
 const SHARDS: usize = 32;
 
-/// An inode in memory. Lock order: rename lock, `publishing`, `state` in ascending inode order, commit queue.
+/// An inode in memory.
 pub(crate) struct Node {
     pub(crate) ino: Ino,
     /// Held for a whole publish, truncation or drain: there is one at a time.
-    pub(crate) publishing: Mutex<()>,
-    pub(crate) state: RwLock<NodeState>,
+    pub(crate) publishing: Mutex<(), rank::Publishing>,
+    pub(crate) state: RwLock<NodeState, rank::Node>,
 }
 
 /// What the node's lock protects.
@@ -145,7 +145,7 @@ impl Node {
         Arc::new(Self {
             ino,
             publishing: Mutex::new(()),
-            state: RwLock::new(NodeState::new(record, poisoned)),
+            state: RwLock::numbered(ino.0, NodeState::new(record, poisoned)),
         })
     }
 }
@@ -185,8 +185,8 @@ impl<'a> Locked<'a> {
 /// The nodes in memory. A node that something still refers to (an operation, pending content) is never evicted,
 /// so that an inode has at most one node.
 pub(crate) struct NodeTable {
-    shards: Vec<Mutex<Shard>>,
-    lookups: Vec<Mutex<HashMap<Ino, u64>>>,
+    shards: Vec<Mutex<Shard, rank::NodeTable>>,
+    lookups: Vec<Mutex<HashMap<Ino, u64>, rank::Lookups>>,
     per_shard_max: usize,
 }
 

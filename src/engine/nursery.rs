@@ -4,20 +4,20 @@
 use super::core::{Access, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{FreshKey, KEYS_PER_CALL_MAX};
+use super::sync::{Mutex, rank};
 use super::types::Ino;
-use parking_lot::Mutex;
 use std::collections::VecDeque;
 
 /// Numbers reserved at a time for inodes that need no key.
 const PLAIN_BATCH: u64 = 256;
 
-/// The pools. Each has a lock for taking and one for refilling, taken in the order refill, take.
+/// The pools. That of files has a second lock for refilling, which waits for the KMS: who only takes waits for neither.
 pub(crate) struct Nursery {
     /// DEKs asked for in one call; below half of it a refill is started.
     batch: usize,
-    files: Mutex<VecDeque<(Ino, FreshKey)>>,
-    files_refill: Mutex<()>,
-    plain: Mutex<VecDeque<Ino>>,
+    files: Mutex<VecDeque<(Ino, FreshKey)>, rank::NurseryFiles>,
+    files_refill: Mutex<(), rank::NurseryRefill>,
+    plain: Mutex<VecDeque<Ino>, rank::NurseryPlain>,
 }
 
 impl Nursery {

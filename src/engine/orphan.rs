@@ -6,8 +6,8 @@ use super::core::{Access, Core};
 use super::error::{Error, Result};
 use super::format::rowkey::{self, Family, Table};
 use super::publish::Publishing;
+use super::sync::{Mutex, rank};
 use super::types::{Domain, Ino};
-use parking_lot::Mutex;
 use std::collections::BTreeSet;
 
 /// Orphans waiting beyond which the reclaiming thread is woken before its time.
@@ -17,11 +17,11 @@ const WAITING_MAX: usize = 256;
 #[derive(Default)]
 pub(crate) struct Orphans {
     /// For the kernel to forget them.
-    held: Mutex<BTreeSet<Ino>>,
+    held: Mutex<BTreeSet<Ino>, rank::Orphans>,
     /// To be reclaimed.
-    waiting: Mutex<BTreeSet<Ino>>,
+    waiting: Mutex<BTreeSet<Ino>, rank::Orphans>,
     /// For their deletion to be durable.
-    slot_files: Mutex<Vec<(Seq, Ino)>>,
+    slot_files: Mutex<Vec<(Seq, Ino)>, rank::Orphans>,
 }
 
 impl Orphans {

@@ -13,7 +13,7 @@ use super::format::rowkey::{self, Family};
 use super::node::{BusySlots, Node, NodeState, PendingChunk, next_generation, slot_mask};
 use super::runs::PAGE_RUNS;
 use super::slots::SlotFile;
-use parking_lot::MutexGuard;
+use super::sync::MutexGuard;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;

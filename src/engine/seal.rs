@@ -6,7 +6,7 @@ use super::error::{Error, Result};
 use super::format::root::SealRecord;
 use super::keys::DomainKeys;
 use super::slots::sync_dir;
-use parking_lot::Mutex;
+use super::sync::{Mutex, rank};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
@@ -17,7 +17,12 @@ pub(crate) const NEW_NAME: &str = "seal.new";
 const LENGTH_MAX: u64 = 4096;
 
 /// Writes the seal file if `durable` is beyond what it says, which `sealed` remembers.
-pub(crate) fn advance(dir: &Path, keys: &DomainKeys, durable: Seq, sealed: &Mutex<Seq>) -> Result<()> {
+pub(crate) fn advance(
+    dir: &Path,
+    keys: &DomainKeys,
+    durable: Seq,
+    sealed: &Mutex<Seq, rank::SealFile>,
+) -> Result<()> {
     let mut sealed = sealed.lock();
     if durable > *sealed {
         write(dir, keys, durable)?;

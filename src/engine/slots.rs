@@ -2,9 +2,9 @@
 
 use super::error::{Error, Result};
 use super::format::chunk::CHUNK;
+use super::sync::{Mutex, rank};
 use super::types::Ino;
 use lru::LruCache;
-use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
 use std::ffi::OsStr;
 use std::fs::File;
@@ -22,7 +22,7 @@ const SHARDS: u64 = 256;
 pub(crate) struct Slots {
     dir: PathBuf,
     read_only: bool,
-    open: Mutex<LruCache<Ino, Arc<SlotFile>>>,
+    open: Mutex<LruCache<Ino, Arc<SlotFile>>, rank::SlotFiles>,
 }
 
 /// A file where slot files are.

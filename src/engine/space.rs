@@ -6,7 +6,7 @@
 
 use super::error::{Error, Result};
 use super::store::Sizes;
-use parking_lot::Mutex;
+use super::sync::{Mutex, rank};
 use rustix::fs::{FallocateFlags, Mode, OFlags, StatVfs};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -80,7 +80,7 @@ pub(crate) struct Space {
     credit: AtomicI64,
     room: AtomicU8,
     /// Whether the ballast is there. Held while that changes.
-    ballast: Mutex<bool>,
+    ballast: Mutex<bool, rank::Ballast>,
 }
 
 impl Space {

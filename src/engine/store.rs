@@ -3,7 +3,7 @@
 use super::error::{Error, Result};
 use super::format::rowkey::Family;
 use super::slots::sync_dir;
-use parking_lot::RwLock;
+use super::sync::{RwLock, rank};
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
     CompactOptions, DB, DBCompressionType, DBRecoveryMode, Direction, IteratorMode, Options, ReadOptions,
@@ -79,7 +79,7 @@ pub(crate) struct Store {
     dir: PathBuf,
     sizes: Sizes,
     /// Held for reading within each call alone; `None` if it could not be opened again.
-    open: RwLock<Option<Open>>,
+    open: RwLock<Option<Open>, rank::Store>,
 }
 
 impl Store {

@@ -9,6 +9,7 @@ use super::keyring::{KeyState, state_after};
 use super::open::Opened;
 use super::seal;
 use super::space::Room;
+use super::sync::before_purge;
 use super::types::Ino;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -320,6 +321,7 @@ impl Core {
         let observer = self.observer.lock().clone();
         if let Some(observer) = observer {
             let known: Vec<Ino> = self.nodes.known();
+            before_purge();
             observer.purge(&known);
         }
     }

@@ -5,11 +5,11 @@ use super::error::{Error, Result};
 use super::keyring::KeyState;
 use super::keyservice::CacheObserver;
 use super::sweep;
+use super::sync::{Mutex, assert_unbroken, rank};
 use super::types::{
     Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, StatFs,
     Taken,
 };
-use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -84,7 +84,7 @@ pub struct Status {
 /// ESTALE for an inode that does not exist, and with [`Error::Corrupt`] when storage holds what was not written.
 pub struct Volume {
     pub(super) core: Arc<Core>,
-    pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
+    pub(super) threads: Mutex<Vec<JoinHandle<()>>, rank::Threads>,
     pub(super) closed: AtomicBool,
 }
 
@@ -133,6 +133,7 @@ impl Volume {
                 tracing::error!("a background thread panicked");
             }
         }
+        assert_unbroken();
     }
 
     /// What an operator wants to know.

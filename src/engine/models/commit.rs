@@ -1,0 +1,226 @@
+//! The committer over a log in memory, which may fail: commits are ordered, none is lost or doubled; what a sync answered
+//! for is durable; after a failure of the log nobody succeeds any more; and a log without room is none.
+
+use super::{explore, key_of, together};
+use crate::engine::commit::{Batch, Committer, Seq, Written};
+use crate::engine::error::Error;
+use crate::engine::format::root::RootRecord;
+use crate::engine::format::rowkey::{self, Family};
+use crate::engine::keys::DomainKeys;
+use crate::engine::space::{Limits, Space};
+use crate::engine::store::{Change, Disk, Store};
+use crate::engine::types::Domain;
+use shuttle::rand::{Rng, thread_rng};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+const THREADS: u8 = 3;
+const COMMITS: u8 = 2;
+const FIRST_FREE_INO: u64 = 2;
+
+struct World {
+    store: Arc<Store>,
+    committer: Committer,
+    keys: DomainKeys,
+    /// Numbers that were given out.
+    reserved: Mutex<Vec<Range<u64>>>,
+    /// Commits that were answered for: whose they are, with their numbers.
+    answered: Mutex<Vec<(Vec<u8>, Seq)>>,
+}
+
+impl World {
+    fn new(disk: Disk) -> Arc<Self> {
+        let store = Arc::new(Store::with(Path::new("commit"), disk));
+        let root = RootRecord {
+            ino_limit: FIRST_FREE_INO,
+            ..RootRecord::default()
+        };
+        let last = Written {
+            root,
+            row: Vec::new(),
+        };
+        // A host without a single free block, and without ballast.
+        let host = Path::new("/proc");
+        let space = Arc::new(Space::new(host, Limits::of(host).unwrap()));
+        Arc::new(Self {
+            committer: Committer::new(Arc::clone(&store), space, last),
+            store,
+            keys: DomainKeys::new(&key_of(&[1; 32]), [2; 16], Domain::FIRST).unwrap(),
+            reserved: Mutex::default(),
+            answered: Mutex::default(),
+        })
+    }
+
+    /// Whether the log failed, which the committer knows.
+    fn is_poisoned(&self) -> bool {
+        self.committer.check().is_err()
+    }
+
+    /// Commits one row of its own.
+    fn commit(&self, name: Vec<u8>) -> Result<Seq, Error> {
+        let was_poisoned = self.is_poisoned();
+        let mut batch = Batch::default();
+        batch.put(Family::Meta, name.clone(), Vec::new());
+        batch.count_inodes(1);
+        let outcome = self.committer.commit(&self.keys, batch);
+        if let Ok(seq) = outcome {
+            assert!(!was_poisoned, "a commit succeeds after the log failed");
+            assert!(self.committer.committed() >= seq);
+            self.answered.lock().unwrap().push((name, seq));
+        }
+        outcome
+    }
+
+    fn sync_to(&self, seq: Seq) -> Result<(), Error> {
+        let was_poisoned = self.is_poisoned();
+        let outcome = self.committer.sync_to(seq);
+        if outcome.is_ok() {
+            assert!(!was_poisoned, "a sync succeeds after the log failed");
+            self.check_durable(seq);
+        }
+        self.check_durable(self.committer.durable());
+        outcome
+    }
+
+    /// Each commit is one batch of the log.
+    fn check_durable(&self, seq: Seq) {
+        let synced = self.store.disk().synced as u64;
+        assert!(
+            seq.0 <= synced,
+            "{seq:?} is said to be durable, {synced} batches are"
+        );
+    }
+
+    fn reserve(&self, count: u64) {
+        if let Ok(first) = self.committer.reserve_inodes(&self.keys, count) {
+            let disk = self.store.disk();
+            let durable = self.root_of(disk.log.get(disk.synced - 1).unwrap());
+            assert!(durable.ino_limit >= first + count, "a reservation is not durable");
+            self.reserved.lock().unwrap().push(first..first + count);
+        }
+    }
+
+    fn root_of(&self, batch: &[Change]) -> RootRecord {
+        let key = rowkey::root(Domain::FIRST);
+        let mut roots = batch.iter().filter_map(|change| match change {
+            Change::Put(Family::Meta, found, value) if *found == key => Some(value),
+            _ => None,
+        });
+        let (root, none) = (roots.next().unwrap(), roots.next());
+        assert!(none.is_none(), "a batch has two roots");
+        RootRecord::decode(&self.keys.open_row(Family::Meta, &key, root).unwrap()).unwrap()
+    }
+
+    /// What the log is to be once all threads have ended.
+    fn check_log(&self) {
+        let disk = self.store.disk();
+        let mut inodes = 0;
+        let mut found = Vec::new();
+        for (batch, seq) in disk.log.iter().zip(1_u64..) {
+            let root = self.root_of(batch);
+            assert_eq!(root.commit_seq, seq);
+            assert!(root.durable_seq < seq);
+            for change in batch {
+                if let Change::Put(_, key, value) = change
+                    && value.is_empty()
+                {
+                    inodes += 1;
+                    found.push((key.clone(), Seq(seq)));
+                }
+            }
+            assert_eq!(root.inodes, inodes);
+        }
+        let mut answered = self.answered.lock().unwrap().clone();
+        answered.sort();
+        found.sort();
+        assert_eq!(
+            found, answered,
+            "a commit is lost, doubled or under another number"
+        );
+
+        let mut reserved = self.reserved.lock().unwrap().clone();
+        reserved.sort_by_key(|range| range.start);
+        assert!(
+            reserved.windows(2).all(|pair| pair[0].end <= pair[1].start),
+            "a number is given out twice"
+        );
+    }
+}
+
+/// Each thread commits, sees its own order, syncs, and two reserve numbers.
+fn run(disk: Disk) -> Arc<World> {
+    let world = World::new(disk);
+    let thread = |number: u8| -> Box<dyn FnOnce() + Send> {
+        let world = Arc::clone(&world);
+        Box::new(move || {
+            let mut last = Seq::default();
+            for round in 0..COMMITS {
+                if let Ok(seq) = world.commit(vec![number, round]) {
+                    assert!(seq > last, "a thread's own commits change their order");
+                    last = seq;
+                }
+                let synced = match number {
+                    // What others committed meanwhile as well.
+                    1 => world.sync_to(world.committer.committed()),
+                    _ => world.sync_to(last),
+                };
+                if synced.is_ok() && number == 0 {
+                    world.reserve(4);
+                }
+            }
+            if number == 1 {
+                world.reserve(4);
+            }
+        })
+    };
+    together((0..THREADS).map(thread));
+    world
+}
+
+#[test]
+fn commits_are_ordered_and_none_is_lost_and_a_sync_covers_what_it_answers_for() {
+    explore(5000, || {
+        let world = run(Disk::default());
+        world.check_log();
+        assert_eq!(
+            world.answered.lock().unwrap().len(),
+            usize::from(THREADS * COMMITS)
+        );
+        assert_eq!(world.reserved.lock().unwrap().len(), usize::from(COMMITS) + 1);
+        assert!(!world.is_poisoned());
+    });
+}
+
+#[test]
+fn after_a_failed_append_or_sync_nobody_succeeds() {
+    explore(5000, || {
+        let mut disk = Disk::default();
+        disk.good = Some(thread_rng().gen_range(0..9));
+        let world = run(disk);
+        world.check_log();
+        let has_failed = world.store.disk().good.is_none();
+        assert_eq!(world.is_poisoned(), has_failed);
+        if has_failed {
+            assert_eq!(world.commit(vec![9, 9]), Err(Error::Poisoned));
+            assert_eq!(world.sync_to(Seq::default()), Err(Error::Poisoned));
+        }
+    });
+}
+
+#[test]
+fn a_log_without_room_costs_no_commit_and_no_sync() {
+    explore(5000, || {
+        let mut disk = Disk::default();
+        disk.room = Some(thread_rng().gen_range(0..9));
+        disk.is_there = thread_rng().gen_range(0..2) == 0;
+        let world = run(disk);
+        world.check_log();
+        assert!(!world.is_poisoned());
+        assert_eq!(
+            world.answered.lock().unwrap().len(),
+            usize::from(THREADS * COMMITS)
+        );
+        assert_eq!(world.reserved.lock().unwrap().len(), usize::from(COMMITS) + 1);
+    });
+}
