@@ -9,14 +9,13 @@ use super::format::rowkey::Table;
 use super::node::Node;
 use super::staged::Staged;
 use super::table::{Search, check_name, check_new_name, same_chain};
-use super::types::{Attr, FileKind, Ino, NewNode, RenameFlags, Timestamp};
+use super::types::{Attr, FileKind, Ino, NewNode, RenameFlags, SGID, Timestamp};
 use std::sync::Arc;
 
 /// Most hard links of a file, and most subdirectories of a directory plus two.
 const LINKS_MAX: u32 = i32::MAX as u32;
 /// Longest symlink target, in bytes: PATH_MAX without its NUL.
 const TARGET_BYTES_MAX: usize = 4095;
-const SGID: u16 = 0o2000;
 
 /// A name and the inode it stands for, as found before any lock was taken.
 struct Named {

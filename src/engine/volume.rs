@@ -6,8 +6,8 @@ use super::keyring::KeyState;
 use super::keyservice::CacheObserver;
 use super::sweep;
 use super::types::{
-    Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, StatFs,
-    Taken,
+    Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr, SetXattr,
+    StatFs, Taken,
 };
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -359,14 +359,14 @@ impl Volume {
         access.read(&access.regular(ino)?, offset, buffer)
     }
 
-    /// Clears suid, sgid and capabilities, as any change of content by an unprivileged caller does. True if the mode
-    /// changed, of which the kernel does not know.
+    /// Clears suid, sgid and capabilities as far as `kill` says, before a change of content. True if the mode changed, of
+    /// which the kernel does not know.
     ///
     /// # Errors
     /// EISDIR and EINVAL for what has no content.
-    pub fn drop_privileges(&self, ino: Ino) -> Result<bool> {
+    pub fn drop_privileges(&self, ino: Ino, kill: Kill) -> Result<bool> {
         let access = self.core.change()?;
-        access.drop_privileges(&access.regular(ino)?)
+        access.drop_privileges(&access.regular(ino)?, kill)
     }
 
     /// Writes for a program at `offset`, extending the size; returns how many bytes, fewer than given only when

@@ -5,13 +5,17 @@
 
 mod acl;
 mod crash;
+mod directories;
 mod errors;
 mod fsck;
 mod posix;
 mod privacy;
+mod privileges;
 #[path = "../common/program.rs"]
 mod program;
 mod remount;
 mod revocation;
 mod status;
+mod times;
+mod twin;
 mod world;
