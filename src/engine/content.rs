@@ -411,7 +411,7 @@ impl Access<'_> {
                 if chunk.run.is_some() && chunk.is_drainable() {
                     state.file.drainable.insert(index);
                 }
-                PendingChunk::new((*chunk).clone())
+                Box::new(PendingChunk::new((*chunk).clone()))
             }
         };
         let (blocks, run) = (pending.chunk.allocated(), pending.chunk.run);
