@@ -18,9 +18,7 @@ use std::sync::Arc;
 const VALUE_BYTES_MAX: usize = 65_536;
 /// File capabilities, dropped whenever content or owner changes.
 const CAPABILITY: &[u8] = b"security.capability";
-/// Attributes with a meaning for the kernel, of which POSIX ACLs alone are kept: stored without that meaning the others
-/// would mislead.
-const SYSTEM: &[u8] = b"system.";
+const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
 impl Access<'_> {
     pub(crate) fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
@@ -78,7 +76,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
-        refuse_system(name)?;
+        check_namespace(name)?;
         let node = self.node(ino)?;
         let state = node.state.read();
         if state.record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
@@ -99,7 +97,7 @@ impl Access<'_> {
         how: SetXattr,
         kill_sgid: bool,
     ) -> Result<()> {
-        refuse_system(name)?;
+        check_namespace(name)?;
         if name.is_empty() || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ERANGE));
         }
@@ -150,7 +148,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
-        refuse_system(name)?;
+        check_namespace(name)?;
         let node = self.node(ino)?;
         if node.state.read().record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ENODATA));
@@ -188,11 +186,17 @@ impl Access<'_> {
     }
 }
 
-fn refuse_system(name: &[u8]) -> Result<()> {
-    if name.starts_with(SYSTEM) && !acl::is_acl(name) {
-        Err(Error::Posix(libc::EOPNOTSUPP))
-    } else {
-        Ok(())
+/// Refuses what is in no namespace of xattr(7), and of `system.` all but POSIX ACLs, which alone are kept: stored without
+/// their meaning for the kernel the others would mislead.
+fn check_namespace(name: &[u8]) -> Result<()> {
+    let within = NAMESPACES
+        .iter()
+        .find_map(|namespace| name.strip_prefix(*namespace));
+    match within {
+        _ if acl::is_acl(name) => Ok(()),
+        Some([]) => Err(Error::Posix(libc::EINVAL)),
+        Some(_) => Ok(()),
+        None => Err(Error::Posix(libc::EOPNOTSUPP)),
     }
 }
 

@@ -32,7 +32,10 @@ impl Access<'_> {
         if name == b"." {
             // Of any kind: the kernel finds the inode of an NFS handle so (fuse_get_dentry).
             self.nodes.looked_up(parent);
-            return self.attr(parent).inspect_err(|_| self.forget(parent, 1));
+            return self
+                .attr(parent)
+                .and_then(named_still)
+                .inspect_err(|_| self.forget(parent, 1));
         }
         let dir = self.directory(parent)?;
         let ino = {
@@ -496,6 +499,14 @@ impl Access<'_> {
         }
         staged.commit(self, batch)?;
         Ok(true)
+    }
+}
+
+/// Refuses what has no name any more: the kernel, which asks about it by its number alone, has let go of it.
+fn named_still(attr: Attr) -> Result<Attr> {
+    match attr.nlink {
+        0 => Err(Error::Posix(libc::ESTALE)),
+        _ => Ok(attr),
     }
 }
 

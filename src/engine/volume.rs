@@ -165,7 +165,7 @@ impl Volume {
     /// Finds `name`, `.` and `..` included. Counts one reference of the kernel's to the inode.
     ///
     /// # Errors
-    /// ENOENT, ENOTDIR, ENAMETOOLONG.
+    /// ENOENT, ENOTDIR, ENAMETOOLONG; ESTALE for `.` in what has no name any more.
     pub fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {
         self.core.serve()?.lookup(parent, name)
     }
@@ -302,7 +302,8 @@ impl Volume {
     /// getxattr(2).
     ///
     /// # Errors
-    /// ENODATA; EOPNOTSUPP for names in `system.` that are no POSIX ACLs.
+    /// ENODATA; EOPNOTSUPP for names in no namespace of xattr(7), and for those in `system.` that are no POSIX ACLs; EINVAL
+    /// for a namespace alone.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         self.core.serve()?.getxattr(ino, name)
     }
@@ -312,7 +313,7 @@ impl Volume {
     ///
     /// # Errors
     /// EEXIST, ENODATA, ERANGE for a name beyond 255 bytes, E2BIG for a value beyond 65,536, EINVAL for an ACL that is
-    /// none, EACCES for a default ACL of what is no directory, EOPNOTSUPP as for [`Self::getxattr`].
+    /// none, EACCES for a default ACL of what is no directory, EOPNOTSUPP and EINVAL as for [`Self::getxattr`].
     pub fn setxattr(
         &self,
         ino: Ino,
@@ -335,7 +336,7 @@ impl Volume {
     /// removexattr(2).
     ///
     /// # Errors
-    /// ENODATA; EOPNOTSUPP as for [`Self::getxattr`].
+    /// ENODATA; EOPNOTSUPP and EINVAL as for [`Self::getxattr`].
     pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
         self.core.change()?.removexattr(ino, name)
     }
