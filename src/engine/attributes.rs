@@ -11,25 +11,20 @@ use super::layout::check_size;
 use super::node::Node;
 use super::staged::Staged;
 use super::table::{NAME_BYTES_MAX, Search};
-use super::types::{Attr, FileKind, Ino, SetAttr, SetXattr, Timestamp};
+use super::types::{Attr, Ino, Kill, SGID, SUID, SetAttr, SetXattr, Timestamp};
 use std::sync::Arc;
 
 /// Longest value of an extended attribute, in bytes: XATTR_SIZE_MAX of xattr(7).
 const VALUE_BYTES_MAX: usize = 65_536;
 /// File capabilities, dropped whenever content or owner changes.
 const CAPABILITY: &[u8] = b"security.capability";
-/// Attributes with a meaning for the kernel, of which POSIX ACLs alone are kept: stored without that meaning the others
-/// would mislead.
-const SYSTEM: &[u8] = b"system.";
-const SUID: u16 = 0o4000;
-const SGID: u16 = 0o2000;
-const GROUP_EXEC: u16 = 0o010;
+const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
 impl Access<'_> {
     pub(crate) fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
         let node = self.node(ino)?;
         let now = self.now();
-        if set.kill_suid_sgid {
+        if set.kill != Kill::Nothing {
             self.drop_capabilities(&node)?;
         }
         if let Some(size) = set.size {
@@ -52,7 +47,10 @@ impl Access<'_> {
     }
 
     /// Clears what must not survive a write by someone else: suid, sgid and capabilities. True if the mode changed.
-    pub(crate) fn drop_privileges(&self, node: &Arc<Node>) -> Result<bool> {
+    pub(crate) fn drop_privileges(&self, node: &Arc<Node>, kill: Kill) -> Result<bool> {
+        if kill == Kill::Nothing {
+            return Ok(false);
+        }
         self.drop_capabilities(node)?;
         if node.state.read().record.perm & (SUID | SGID) == 0 {
             return Ok(false);
@@ -61,7 +59,7 @@ impl Access<'_> {
         let now = self.now();
         let record = staged.record(node.ino)?;
         let before = record.perm;
-        clear_suid_sgid(record);
+        record.perm = kill.applied_to(record.kind, before);
         if record.perm == before {
             return Ok(false);
         }
@@ -78,7 +76,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
-        refuse_system(name)?;
+        check_namespace(name)?;
         let node = self.node(ino)?;
         let state = node.state.read();
         if state.record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
@@ -99,7 +97,7 @@ impl Access<'_> {
         how: SetXattr,
         kill_sgid: bool,
     ) -> Result<()> {
-        refuse_system(name)?;
+        check_namespace(name)?;
         if name.is_empty() || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ERANGE));
         }
@@ -151,7 +149,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
-        refuse_system(name)?;
+        check_namespace(name)?;
         let node = self.node(ino)?;
         if node.state.read().record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
             return Err(Error::Posix(libc::ENODATA));
@@ -189,33 +187,26 @@ impl Access<'_> {
     }
 }
 
-fn refuse_system(name: &[u8]) -> Result<()> {
-    if name.starts_with(SYSTEM) && !acl::is_acl(name) {
-        Err(Error::Posix(libc::EOPNOTSUPP))
-    } else {
-        Ok(())
+/// Refuses what is in no namespace of xattr(7), and of `system.` all but POSIX ACLs, which alone are kept: stored without
+/// their meaning for the kernel the others would mislead.
+fn check_namespace(name: &[u8]) -> Result<()> {
+    let within = NAMESPACES
+        .iter()
+        .find_map(|namespace| name.strip_prefix(*namespace));
+    match within {
+        _ if acl::is_acl(name) => Ok(()),
+        Some([]) => Err(Error::Posix(libc::EINVAL)),
+        Some(_) => Ok(()),
+        None => Err(Error::Posix(libc::EOPNOTSUPP)),
     }
 }
 
 fn apply(record: &mut InodeRecord, set: &SetAttr, now: Timestamp) {
-    if set.kill_suid_sgid {
-        clear_suid_sgid(record);
-    }
+    record.perm = set.kill.applied_to(record.kind, record.perm);
     record.perm = set.perm.map_or(record.perm, |perm| perm & 0o7777);
     record.uid = set.uid.unwrap_or(record.uid);
     record.gid = set.gid.unwrap_or(record.gid);
     record.atime = set.atime.unwrap_or(record.atime);
     record.mtime = set.mtime.or(set.size.map(|_| now)).unwrap_or(record.mtime);
     record.ctime = set.ctime.unwrap_or(now);
-}
-
-/// sgid without group execution is no privilege but mandatory locking's old mark: it stays, as in Linux.
-fn clear_suid_sgid(record: &mut InodeRecord) {
-    if record.kind == FileKind::Directory {
-        return;
-    }
-    record.perm &= !SUID;
-    if record.perm & GROUP_EXEC != 0 {
-        record.perm &= !SGID;
-    }
 }

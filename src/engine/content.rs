@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 /// Files up to this many bytes live in the database.
 pub(crate) const INLINE_BYTES_MAX: u64 = 32 << 10;
-/// Largest file, in bytes.
-pub(crate) const FILE_BYTES_MAX: u64 = 1 << 60;
+/// Largest file, in bytes: the kernel's own limit. With a lower one it would take in what could not be stored.
+pub(crate) const FILE_BYTES_MAX: u64 = i64::MAX as u64;
 
 const BLOCK_U64: u64 = BLOCK as u64;
 
@@ -427,7 +427,7 @@ impl Access<'_> {
                 if chunk.run.is_some() && chunk.is_drainable() {
                     state.file.drainable.insert(index);
                 }
-                PendingChunk::new((*chunk).clone())
+                Box::new(PendingChunk::new((*chunk).clone()))
             }
         };
         let (blocks, run) = (pending.chunk.allocated(), pending.chunk.run);

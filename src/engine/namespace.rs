@@ -9,14 +9,13 @@ use super::format::rowkey::Table;
 use super::node::Node;
 use super::staged::Staged;
 use super::table::{Search, check_name, check_new_name, same_chain};
-use super::types::{Attr, FileKind, Ino, NewNode, RenameFlags, Timestamp};
+use super::types::{Attr, FileKind, Ino, NewNode, RenameFlags, SGID, Timestamp};
 use std::sync::Arc;
 
 /// Most hard links of a file, and most subdirectories of a directory plus two.
 const LINKS_MAX: u32 = i32::MAX as u32;
 /// Longest symlink target, in bytes: PATH_MAX without its NUL.
 const TARGET_BYTES_MAX: usize = 4095;
-const SGID: u16 = 0o2000;
 
 /// A name and the inode it stands for, as found before any lock was taken.
 struct Named {
@@ -33,7 +32,10 @@ impl Access<'_> {
         if name == b"." {
             // Of any kind: the kernel finds the inode of an NFS handle so (fuse_get_dentry).
             self.nodes.looked_up(parent);
-            return self.attr(parent).inspect_err(|_| self.forget(parent, 1));
+            return self
+                .attr(parent)
+                .and_then(named_still)
+                .inspect_err(|_| self.forget(parent, 1));
         }
         let dir = self.directory(parent)?;
         let ino = {
@@ -499,6 +501,14 @@ impl Access<'_> {
         }
         staged.commit(self, batch)?;
         Ok(true)
+    }
+}
+
+/// Refuses what has no name any more: the kernel, which asks about it by its number alone, has let go of it.
+fn named_still(attr: Attr) -> Result<Attr> {
+    match attr.nlink {
+        0 => Err(Error::Posix(libc::ESTALE)),
+        _ => Ok(attr),
     }
 }
 

@@ -34,8 +34,9 @@ pub(crate) struct NodeState {
 
 /// Content of a regular file between storage and the kernel.
 pub(crate) struct FileState {
-    /// Chunks changed since the last publish: each a whole view, read before storage.
-    pub(crate) pending: BTreeMap<u64, PendingChunk>,
+    /// Chunks changed since the last publish: each a whole view, read before storage. Boxed, because a leaf of the map has
+    /// room for eleven, and most files have one.
+    pub(crate) pending: BTreeMap<u64, Box<PendingChunk>>,
     /// Whether size, times or content changed since the last freeze.
     pub(crate) dirty: bool,
     /// Whether the node is among the active ones.
@@ -78,6 +79,9 @@ pub(crate) struct PendingChunk {
     pub(crate) accounted: u64,
 }
 
+/// About what the smallest two maps take that lead to a pending chunk and to its bodies, in bytes.
+const MAP_BYTES: usize = 512;
+
 impl PendingChunk {
     pub(crate) fn new(chunk: Chunk) -> Self {
         let protected = slot_mask(&chunk);
@@ -93,7 +97,7 @@ impl PendingChunk {
     /// Memory taken, in bytes.
     pub(crate) fn weight(&self) -> u64 {
         let bodies: usize = self.bodies.values().map(|body| body.len()).sum();
-        (size_of::<Self>() + bodies) as u64
+        (size_of::<Self>() + MAP_BYTES + bodies) as u64
     }
 }
 

@@ -168,7 +168,7 @@ impl Access<'_> {
     }
 
     /// Takes the pending chunks away.
-    pub(crate) fn take_pending(&self, state: &mut NodeState) -> BTreeMap<u64, PendingChunk> {
+    pub(crate) fn take_pending(&self, state: &mut NodeState) -> BTreeMap<u64, Box<PendingChunk>> {
         state.file.dirty = false;
         let pending = std::mem::take(&mut state.file.pending);
         for chunk in pending.values() {

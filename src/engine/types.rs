@@ -69,6 +69,10 @@ impl FileKind {
     }
 }
 
+pub(crate) const SUID: u16 = 0o4000;
+pub(crate) const SGID: u16 = 0o2000;
+const GROUP_EXEC: u16 = 0o010;
+
 /// A point in time with nanoseconds, before 1970 too: `nanos` always counts forward from `secs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Timestamp {
@@ -126,9 +130,37 @@ pub struct SetAttr {
     pub mtime: Option<Timestamp>,
     /// New change time; now when unset.
     pub ctime: Option<Timestamp>,
-    /// Clear suid, sgid (if group-executable) and security.capability, as a change of size or owner by an
-    /// unprivileged caller does.
-    pub kill_suid_sgid: bool,
+    /// What a change of size or owner takes away.
+    pub kill: Kill,
+}
+
+/// Which privileges of a file a change of its content or owner takes away, as in Linux (setattr_should_drop_suidgid).
+/// A directory keeps its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kill {
+    /// None.
+    #[default]
+    Nothing,
+    /// suid, sgid of what its group may execute, and security.capability: the caller is in the file's group, or
+    /// privileged.
+    ByMember,
+    /// suid, sgid and security.capability.
+    ByStranger,
+}
+
+impl Kill {
+    /// What it leaves of the permission bits of an inode. sgid without group execution is no privilege to a member of the
+    /// group, but mandatory locking's old mark.
+    #[must_use]
+    pub fn applied_to(self, kind: FileKind, perm: u16) -> u16 {
+        let is_privilege = perm & GROUP_EXEC != 0;
+        match self {
+            _ if kind == FileKind::Directory => perm,
+            Self::Nothing => perm,
+            Self::ByMember if !is_privilege => perm & !SUID,
+            Self::ByMember | Self::ByStranger => perm & !(SUID | SGID),
+        }
+    }
 }
 
 impl SetAttr {
@@ -141,7 +173,7 @@ impl SetAttr {
                 uid: None,
                 gid: None,
                 size: None,
-                kill_suid_sgid: false,
+                kill: Kill::Nothing,
                 ..
             }
         )

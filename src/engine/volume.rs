@@ -7,8 +7,8 @@ use super::keyservice::CacheObserver;
 use super::sweep;
 use super::sync::{Mutex, assert_unbroken, rank};
 use super::types::{
-    Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, StatFs,
-    Taken,
+    Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr, SetXattr,
+    StatFs, Taken,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -167,7 +167,7 @@ impl Volume {
     /// Finds `name`, `.` and `..` included. Counts one reference of the kernel's to the inode.
     ///
     /// # Errors
-    /// ENOENT, ENOTDIR, ENAMETOOLONG.
+    /// ENOENT, ENOTDIR, ENAMETOOLONG; ESTALE for `.` in what has no name any more.
     pub fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {
         self.core.serve()?.lookup(parent, name)
     }
@@ -304,7 +304,8 @@ impl Volume {
     /// getxattr(2).
     ///
     /// # Errors
-    /// ENODATA; EOPNOTSUPP for names in `system.` that are no POSIX ACLs.
+    /// ENODATA; EOPNOTSUPP for names in no namespace of xattr(7), and for those in `system.` that are no POSIX ACLs; EINVAL
+    /// for a namespace alone.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
         self.core.serve()?.getxattr(ino, name)
     }
@@ -314,7 +315,7 @@ impl Volume {
     ///
     /// # Errors
     /// EEXIST, ENODATA, ERANGE for a name beyond 255 bytes, E2BIG for a value beyond 65,536, EINVAL for an ACL that is
-    /// none, EACCES for a default ACL of what is no directory, EOPNOTSUPP as for [`Self::getxattr`].
+    /// none, EACCES for a default ACL of what is no directory, EOPNOTSUPP and EINVAL as for [`Self::getxattr`].
     pub fn setxattr(
         &self,
         ino: Ino,
@@ -337,7 +338,7 @@ impl Volume {
     /// removexattr(2).
     ///
     /// # Errors
-    /// ENODATA; EOPNOTSUPP as for [`Self::getxattr`].
+    /// ENODATA; EOPNOTSUPP and EINVAL as for [`Self::getxattr`].
     pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
         self.core.change()?.removexattr(ino, name)
     }
@@ -361,14 +362,14 @@ impl Volume {
         access.read(&access.regular(ino)?, offset, buffer)
     }
 
-    /// Clears suid, sgid and capabilities, as any change of content by an unprivileged caller does. True if the mode
-    /// changed, of which the kernel does not know.
+    /// Clears suid, sgid and capabilities as far as `kill` says, before a change of content. True if the mode changed, of
+    /// which the kernel does not know.
     ///
     /// # Errors
     /// EISDIR and EINVAL for what has no content.
-    pub fn drop_privileges(&self, ino: Ino) -> Result<bool> {
+    pub fn drop_privileges(&self, ino: Ino, kill: Kill) -> Result<bool> {
         let access = self.core.change()?;
-        access.drop_privileges(&access.regular(ino)?)
+        access.drop_privileges(&access.regular(ino)?, kill)
     }
 
     /// Writes for a program at `offset`, extending the size; returns how many bytes, fewer than given only when

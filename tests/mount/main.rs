@@ -5,13 +5,19 @@
 
 mod acl;
 mod crash;
+mod directories;
 mod errors;
+mod files;
 mod fsck;
+mod names;
 mod posix;
 mod privacy;
+mod privileges;
 #[path = "../common/program.rs"]
 mod program;
 mod remount;
 mod revocation;
 mod status;
+mod times;
+mod twin;
 mod world;

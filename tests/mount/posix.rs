@@ -8,7 +8,6 @@ use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 #[test]
@@ -234,64 +233,6 @@ fn a_copy_that_preserves_everything_has_the_mode() {
 }
 
 #[test]
-fn suid_and_sgid_go_with_a_strangers_write_and_with_a_change_of_owner() {
-    let world = World::new();
-    let path = world.at("file");
-    let mode = || fs::metadata(&path).unwrap().mode() & 0o7777;
-    let privileged = || {
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o6777)).unwrap();
-        assert_eq!(mode(), 0o6777);
-    };
-    let as_nobody = |script: &str| {
-        let mut command = Command::new("sh");
-        command
-            .arg("-c")
-            .arg(script)
-            .arg("sh")
-            .arg(&path)
-            .uid(65_534)
-            .gid(65_534);
-        assert!(command.status().unwrap().success());
-    };
-    fs::write(&path, b"content").unwrap();
-    privileged();
-    as_nobody("echo more >> \"$1\"");
-    assert_eq!(mode(), 0o777);
-    privileged();
-    as_nobody(": > \"$1\"");
-    assert_eq!(mode(), 0o777);
-    privileged();
-    std::os::unix::fs::chown(&path, Some(1), Some(1)).unwrap();
-    assert_eq!(mode(), 0o777);
-}
-
-#[test]
-fn entries_that_stay_are_listed_once_while_others_are_removed() {
-    let world = World::new();
-    let dir = world.at("dir");
-    fs::create_dir(&dir).unwrap();
-    for number in 0..5000 {
-        File::create(dir.join(format!(
-            "{number} {}",
-            if number % 2 == 0 { "stays" } else { "goes" }
-        )))
-        .unwrap();
-    }
-    let mut seen = BTreeSet::new();
-    for (index, entry) in fs::read_dir(&dir).unwrap().enumerate() {
-        let name = entry.unwrap().file_name();
-        if name.as_bytes().ends_with(b"stays") {
-            assert!(seen.insert(name), "listed twice");
-        }
-        let number = index * 2 + 1;
-        if number < 5000 {
-            fs::remove_file(dir.join(format!("{number} goes"))).unwrap();
-        }
-    }
-    assert_eq!(seen.len(), 2500);
-}
-
-#[test]
 fn names_of_255_bytes_of_any_kind_and_not_one_more() {
     let world = World::new();
     let name = |length: usize| std::ffi::OsString::from(std::ffi::OsStr::from_bytes(&vec![0xfe; length]));
@@ -322,77 +263,6 @@ fn without_the_page_cache_everything_still_works() {
     );
     assert!(fs::read(world.at("copy")).unwrap() == bytes);
     world.unmount();
-}
-
-/// A program that prints its effective uid, owned by root, suid, and writable for everybody.
-fn suid_program(world: &World, name: &str) -> std::path::PathBuf {
-    let path = world.at(name);
-    fs::copy("/usr/bin/id", &path).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o4777)).unwrap();
-    path
-}
-
-/// Runs a command as a user without rights; what it printed.
-fn as_stranger(command: &mut Command) -> String {
-    let output = command.uid(65_533).gid(65_533).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
-
-#[test]
-fn what_a_stranger_changed_does_not_run_with_its_owners_rights() {
-    let world = World::new();
-    fs::set_permissions(world.mnt(), fs::Permissions::from_mode(0o777)).unwrap();
-    let who = |program: &std::path::Path| as_stranger(Command::new(program).arg("-u"));
-    let program = suid_program(&world, "untouched");
-    assert_eq!(who(&program), "0");
-
-    // Nothing asks for the mode between the change and the execution.
-    let program = suid_program(&world, "written");
-    as_stranger(
-        Command::new("dd")
-            .args([
-                "if=/usr/bin/id",
-                "bs=1k",
-                "count=1",
-                "conv=notrunc",
-                "status=none",
-            ])
-            .arg(format!("of={}", program.display())),
-    );
-    assert_eq!(who(&program), "65533");
-
-    let program = suid_program(&world, "zeroed");
-    let length = fs::metadata(&program).unwrap().len();
-    as_stranger(
-        Command::new("fallocate")
-            .args(["--keep-size", "--offset", &length.to_string(), "--length", "4096"])
-            .arg(&program),
-    );
-    assert_eq!(who(&program), "65533");
-    assert_eq!(fs::metadata(&program).unwrap().mode() & 0o7777, 0o777);
-}
-
-#[test]
-fn a_copy_within_the_mount_clears_suid() {
-    let world = World::new();
-    fs::write(world.at("from"), noise(1, 20_000)).unwrap();
-    fs::set_permissions(world.at("from"), fs::Permissions::from_mode(0o666)).unwrap();
-    let to = suid_program(&world, "to");
-    let (from, to) = (
-        File::open(world.at("from")).unwrap(),
-        File::options().write(true).open(to).unwrap(),
-    );
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            // SAFETY: the system call itself, not libc's wrapper, changes the credentials of this thread alone.
-            let changed = unsafe { libc::syscall(libc::SYS_setresuid, -1_i64, 65_533_i64, -1_i64) };
-            assert_eq!(changed, 0);
-            let copied = rustix::fs::copy_file_range(&from, None, &to, None, 20_000);
-            assert_eq!(copied, Ok(20_000));
-        });
-    });
-    assert_eq!(to.metadata().unwrap().mode() & 0o7777, 0o777);
 }
 
 #[test]

@@ -6,8 +6,8 @@ use super::negotiate::negotiate;
 use super::reply::{GENERATION, TTL, reply_attr, reply_empty, reply_entry, reply_xattr};
 use super::session::CacheMode;
 use crate::engine::{
-    Attr, Clock, Cookie, Error, Fallocate, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, SystemClock,
-    Taken, Volume,
+    Attr, Clock, Cookie, Error, Fallocate, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr, SetXattr,
+    SystemClock, Taken, Volume,
 };
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
@@ -28,6 +28,9 @@ use std::time::SystemTime;
 /// that are under way.
 const COPY_BYTES_MAX: u64 = 8 << 20;
 const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
+/// Attributes of these names are shown to root alone (xattr(7)).
+const TRUSTED: &[u8] = b"trusted.";
+const SGID: u16 = 0o2000;
 /// File handles: whether the open file may write.
 const READER: FileHandle = FileHandle(0);
 const WRITER: FileHandle = FileHandle(1);
@@ -104,9 +107,15 @@ impl CmkFs {
 
     /// What HANDLE_KILLPRIV_V2 leaves to the daemon. The kernel goes on with the mode it knows, for execve(2) too, until
     /// it is told that its attributes are stale.
-    fn drop_privileges(&self, volume: &Volume, ino: INodeNo, wanted: bool) -> Result<(), Error> {
+    fn drop_privileges(
+        &self,
+        volume: &Volume,
+        req: &Request,
+        ino: INodeNo,
+        wanted: bool,
+    ) -> Result<(), Error> {
         if wanted
-            && volume.drop_privileges(Ino(ino.0))?
+            && volume.drop_privileges(Ino(ino.0), killed_by(req, &volume.getattr(Ino(ino.0))?))?
             && let Some(laundry) = &*self.laundry.read()
         {
             laundry.expire_attributes(Ino(ino.0));
@@ -148,6 +157,18 @@ fn is_privileged(req: &Request) -> bool {
 /// fuser, what the kernel makes of them (FUSE_SETXATTR_EXT): they are looked up while the caller waits.
 fn is_in_group(req: &Request, gid: u32) -> bool {
     is_privileged(req) || req.gid() == gid || other_groups(req.pid()).contains(&gid)
+}
+
+/// What a change by the caller takes away. Whether it is in the group matters to sgid alone, and is costly to know.
+fn killed_by(req: &Request, attr: &Attr) -> Kill {
+    match attr.perm & SGID == 0 || is_in_group(req, attr.gid) {
+        true => Kill::ByMember,
+        false => Kill::ByStranger,
+    }
+}
+
+fn owns(req: &Request, attr: &Attr) -> bool {
+    is_privileged(req) || req.uid() == attr.uid
 }
 
 fn other_groups(pid: u32) -> Vec<u32> {
@@ -208,9 +229,17 @@ impl Filesystem for CmkFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        // What is left of chown(2) with -1 for both, where the kernel keeps the times. Without even those it is what a write
+        // sends ahead, which sees to privileges itself.
+        let is_empty =
+            (mode, uid, gid, size) == (None, None, None, None) && atime.is_none() && mtime.is_none();
+        let is_nothing = is_empty && ctime.is_some();
         // HANDLE_KILLPRIV_V2 leaves it to us: any change of owner, and a change of size by an ordinary user.
-        let kill_suid_sgid = uid.is_some() || gid.is_some() || (size.is_some() && !is_privileged(req));
-        let set = SetAttr {
+        let kills = uid.is_some() || gid.is_some() || is_nothing || (size.is_some() && !is_privileged(req));
+        // The kernel changes no times of what it keeps itself, if truncate(2) finds the size there already.
+        let keeps_times =
+            self.cache == CacheMode::Writeback && size.is_some() && mtime.is_none() && ctime.is_none();
+        let mut set = SetAttr {
             perm: mode.map(permissions),
             uid,
             gid,
@@ -218,12 +247,25 @@ impl Filesystem for CmkFs {
             atime: atime.map(time_of),
             mtime: mtime.map(time_of),
             ctime: ctime.map(timestamp),
-            kill_suid_sgid,
+            kill: Kill::Nothing,
         };
-        reply_attr(
-            reply,
-            self.call("setattr", ino, |volume| volume.setattr(Ino(ino.0), &set)),
-        );
+        let changed = self.call("setattr", ino, |volume| {
+            if kills || keeps_times {
+                let before = volume.getattr(Ino(ino.0))?;
+                if kills {
+                    set.kill = killed_by(req, &before);
+                }
+                let is_changed = set.kill.applied_to(before.kind, before.perm) != before.perm;
+                if is_nothing && is_changed && !owns(req, &before) {
+                    return Err(Error::Posix(libc::EPERM));
+                }
+                if keeps_times {
+                    (set.mtime, set.ctime) = (Some(before.mtime), Some(before.ctime));
+                }
+            }
+            volume.setattr(Ino(ino.0), &set)
+        });
+        reply_attr(reply, changed);
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -318,15 +360,16 @@ impl Filesystem for CmkFs {
         let opened = self.call("open", ino, |volume| {
             volume.open_file(Ino(ino.0))?;
             if flags.0 & libc::O_TRUNC != 0 {
-                let kill_suid_sgid = !is_privileged(req);
-                volume.setattr(
-                    Ino(ino.0),
-                    &SetAttr {
-                        size: Some(0),
-                        kill_suid_sgid,
-                        ..SetAttr::default()
-                    },
-                )?;
+                let kill = match is_privileged(req) {
+                    true => Kill::Nothing,
+                    false => killed_by(req, &volume.getattr(Ino(ino.0))?),
+                };
+                let set = SetAttr {
+                    size: Some(0),
+                    kill,
+                    ..SetAttr::default()
+                };
+                volume.setattr(Ino(ino.0), &set)?;
             }
             Ok(())
         });
@@ -376,7 +419,7 @@ impl Filesystem for CmkFs {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -391,7 +434,7 @@ impl Filesystem for CmkFs {
         let written = self.call("write", ino, |volume| match is_writeback {
             true => volume.write_back(Ino(ino.0), offset, data).map(|()| data.len()),
             false => {
-                self.drop_privileges(volume, ino, kill)?;
+                self.drop_privileges(volume, req, ino, kill)?;
                 volume.write(Ino(ino.0), offset, data)
             }
         });
@@ -541,11 +584,12 @@ impl Filesystem for CmkFs {
         reply_xattr(reply, size, value);
     }
 
-    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let names = self.call("listxattr", ino, |volume| volume.listxattr(Ino(ino.0)));
         let list = names.map(|names| {
             names
                 .into_iter()
+                .filter(|name| is_privileged(req) || !name.starts_with(TRUSTED))
                 .flat_map(|name| name.into_iter().chain([0]))
                 .collect()
         });
@@ -582,7 +626,7 @@ impl Filesystem for CmkFs {
             _ => return reply.error(Errno::from_i32(libc::EOPNOTSUPP)),
         };
         let done = self.call("fallocate", ino, |volume| {
-            self.drop_privileges(volume, ino, !is_privileged(req))?;
+            self.drop_privileges(volume, req, ino, !is_privileged(req))?;
             volume.fallocate(Ino(ino.0), how, offset, length)
         });
         reply_empty(reply, done);
@@ -650,7 +694,7 @@ impl Filesystem for CmkFs {
     ) {
         let len = len.min(COPY_BYTES_MAX);
         let copied = self.call("copy_file_range", ino_out, |volume| {
-            self.drop_privileges(volume, ino_out, !is_privileged(req))?;
+            self.drop_privileges(volume, req, ino_out, !is_privileged(req))?;
             volume.copy_range(Ino(ino_in.0), offset_in, Ino(ino_out.0), offset_out, len)
         });
         match copied {
