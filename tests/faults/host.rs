@@ -142,8 +142,6 @@ struct State {
     sites: Sites,
     /// The requests that failed, and what they were about.
     failed: Vec<String>,
-    /// Every request that was counted, if that is wanted.
-    log: Option<Vec<String>>,
     listings: HashMap<u64, Listing>,
     handles: u64,
 }
@@ -159,14 +157,8 @@ impl State {
             let is_hit = |plan: &Plan| (plan.site..plan.site + plan.length).contains(&site);
             fault = fault.or(planned.filter(is_hit).map(|plan| plan.fault));
         }
-        if fault.is_some() || self.log.is_some() {
-            let what = format!("{kind:?} {}", path(&self.tree));
-            if fault.is_some() {
-                self.failed.push(what.clone());
-            }
-            if let Some(log) = &mut self.log {
-                log.push(what);
-            }
+        if fault.is_some() {
+            self.failed.push(format!("{kind:?} {}", path(&self.tree)));
         }
         fault
     }
@@ -205,7 +197,8 @@ impl State {
 }
 
 fn path_of(tree: &Tree, ino: u64) -> String {
-    tree.node(ino).map_or_else(|_| "?".to_owned(), |node| node.path.clone())
+    tree.node(ino)
+        .map_or_else(|_| "?".to_owned(), |node| node.path.clone())
 }
 
 /// A host in use. Its clones are the same host.
@@ -219,7 +212,6 @@ impl Host {
             plan: None,
             sites: Sites::default(),
             failed: Vec::new(),
-            log: None,
             listings: HashMap::new(),
             handles: 0,
         })))
@@ -232,22 +224,15 @@ impl Host {
         state.sites = Sites::default();
     }
 
-    /// Nothing fails any more.
-    pub fn heal(&self) {
-        self.0.lock().unwrap().plan = None;
-    }
-
-    pub fn sites(&self) -> Sites {
-        self.0.lock().unwrap().sites
+    /// Nothing fails any more. Says how many requests there were until now.
+    pub fn heal(&self) -> Sites {
+        let mut state = self.0.lock().unwrap();
+        state.plan = None;
+        state.sites
     }
 
     pub fn failed(&self) -> Vec<String> {
         self.0.lock().unwrap().failed.clone()
-    }
-
-    /// Keeps a log of the requests from now on; returns what it held.
-    pub fn log(&self) -> Vec<String> {
-        self.0.lock().unwrap().log.replace(Vec::new()).unwrap_or_default()
     }
 
     /// What it holds, for other hosts to begin with.
@@ -274,7 +259,10 @@ pub struct Mounted {
 
 impl Mounted {
     pub fn new(tree: Tree) -> Self {
-        let scratch = tempfile::Builder::new().prefix("cmkfs-faults.").tempdir().unwrap();
+        let scratch = tempfile::Builder::new()
+            .prefix("cmkfs-faults.")
+            .tempdir()
+            .unwrap();
         let host = Host::new(tree);
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("faults".to_owned())];
@@ -289,17 +277,17 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if let Some(Err(error)) = self.session.take().map(BackgroundSession::umount_and_join) {
-            println!("{}: {error}", self.scratch.path().display());
+        if let Some(Err(_)) = self.session.take().map(BackgroundSession::umount_and_join) {
             detach(self.scratch.path());
         }
     }
 }
 
-/// Unmounts what is in use.
+/// Unmounts what may be in use, if it is mounted.
 pub fn detach(mountpoint: &Path) {
-    if let Err(error) = rustix::mount::unmount(mountpoint, UnmountFlags::DETACH) {
-        println!("{} stays mounted: {error}", mountpoint.display());
+    match rustix::mount::unmount(mountpoint, UnmountFlags::DETACH) {
+        Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+        Err(error) => println!("{} stays mounted: {error}", mountpoint.display()),
     }
 }
 
@@ -401,7 +389,15 @@ impl Filesystem for Host {
         reply_attr(reply, attr);
     }
 
-    fn mkdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
         let made = self.do_with(|state| {
             state.pass(Kind::Mkdir, |tree| tree.path(parent.0, name))?;
             let ino = state
@@ -460,9 +456,7 @@ impl Filesystem for Host {
     ) {
         let made = self.do_with(|state| {
             state.pass(Kind::Create, |tree| tree.path(parent.0, name))?;
-            let ino = state
-                .tree
-                .make(parent.0, name, Body::File(Content::default()))?;
+            let ino = state.tree.make(parent.0, name, Body::File(Content::default()))?;
             state.tree.open(ino)?;
             state.attr(ino)
         });
@@ -585,7 +579,14 @@ impl Filesystem for Host {
         }
     }
 
-    fn releasedir(&self, _req: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
         self.0.lock().unwrap().listings.remove(&fh.0);
         reply.ok();
     }

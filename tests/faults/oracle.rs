@@ -176,7 +176,14 @@ impl File {
     }
 
     /// Changes bytes `from` to `to` by what `fill` does to those of one block, which begin at its second argument.
-    fn change(&mut self, step: usize, is_certain: bool, from: usize, to: usize, fill: impl Fn(&mut [u8], usize)) {
+    fn change(
+        &mut self,
+        step: usize,
+        is_certain: bool,
+        from: usize,
+        to: usize,
+        fill: impl Fn(&mut [u8], usize),
+    ) {
         while self.blocks.len() * BLOCK < to {
             self.blocks.push(Versions::new(zeros()));
         }
@@ -195,11 +202,12 @@ impl File {
     }
 
     fn reach(&mut self, step: usize, is_certain: bool, end: usize) {
-        self.size.change(step, is_certain, |(least, most)| match is_certain {
-            true => (end.max(*least), end.max(*most)),
-            // A part of it may be there.
-            false => (*least, end.max(*most)),
-        });
+        self.size
+            .change(step, is_certain, |(least, most)| match is_certain {
+                true => (end.max(*least), end.max(*most)),
+                // A part of it may be there.
+                false => (*least, end.max(*most)),
+            });
     }
 
     fn write(&mut self, step: usize, is_certain: bool, offset: usize, data: &[u8]) {
@@ -569,7 +577,10 @@ impl Oracle {
             let (Some(Ok(data)), Some(id)) = (&found.content, self.inodes.get(&found.ino)) else {
                 continue;
             };
-            let file = self.files.get_mut(id).ok_or_else(|| format!("'{path}' is unknown"))?;
+            let file = self
+                .files
+                .get_mut(id)
+                .ok_or_else(|| format!("'{path}' is unknown"))?;
             file.size = Versions::new((data.len(), data.len()));
         }
         self.worlds = vec![(self.step, worlds.into_iter().collect())];
@@ -635,7 +646,10 @@ impl World {
                 world.xattrs.remove(&(file(path)?, name.to_owned()))?;
             }
             // These publish what they change, and at once.
-            Op::Truncate(path, _) | Op::Punch(path, ..) | Op::ZeroRange(path, ..) | Op::Allocate(path, ..) => {
+            Op::Truncate(path, _)
+            | Op::Punch(path, ..)
+            | Op::ZeroRange(path, ..)
+            | Op::Allocate(path, ..) => {
                 let id = file(path)?;
                 if is_certain && matches!(op, Op::Truncate(..) | Op::Punch(..) | Op::ZeroRange(..)) {
                     world.delivered.insert(id, step);

@@ -1,6 +1,6 @@
 //! One run: a workload on a volume whose host fails, the end of that mount, and what the next one finds.
 
-use crate::host::{Fault, Host, Mounted, Plan};
+use crate::host::{Fault, Host, Mounted, Plan, Sites};
 use crate::oracle::{Found, Op, Oracle, Outcome, Seen};
 use crate::support::{DIR, FILE, FakeKms, ManualClock, noise};
 use crate::tree::Tree;
@@ -73,10 +73,12 @@ pub struct Template {
 /// What became of a run.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// The requests that failed.
+    /// How many requests there were while they could fail.
+    pub sites: Sites,
+    /// Those that failed.
     pub failed: Vec<String>,
-    /// Whether the volume took no more changes once storage was well again.
-    pub needed_remount: bool,
+    /// Whether the volume took changes again once storage was well, unless it had to be closed before that.
+    pub takes_changes: Option<bool>,
 }
 
 type Verdict<T> = Result<T, String>;
@@ -113,7 +115,7 @@ impl Machine {
             // Rounds are frequent; what is due in them goes by the manual clock.
             publish_interval: Duration::from_millis(1),
             // Small, so that memtables are flushed before the end.
-            block_cache_bytes: 5 << 20,
+            block_cache_bytes: 4 << 20,
             dek_prefetch: 16,
             ..Options::default()
         };
@@ -286,14 +288,27 @@ impl Machine {
         let mut dirs = vec![(String::new(), Ino::ROOT)];
         while let Some((path, dir)) = dirs.pop() {
             let mut entries = Vec::new();
-            volume.readdir(dir, Cookie::START, &mut |entry| {
-                if entry.name != b"." && entry.name != b".." {
-                    entries.push((String::from_utf8_lossy(entry.name).into_owned(), entry.ino));
+            let mut from = None;
+            // As the kernel does: a call that fails behind its first entries says so when it is made again from there.
+            loop {
+                let before = from;
+                volume.readdir(dir, from.unwrap_or(Cookie::START), &mut |entry| {
+                    from = Some(entry.cookie);
+                    if entry.name != b"." && entry.name != b".." {
+                        entries.push((String::from_utf8_lossy(entry.name).into_owned(), entry.ino));
+                    }
+                    Taken::Yes
+                })?;
+                if from == before {
+                    break;
                 }
-                Taken::Yes
-            })?;
+            }
             for (name, ino) in entries {
-                let path = if path.is_empty() { name } else { format!("{path}/{name}") };
+                let path = if path.is_empty() {
+                    name
+                } else {
+                    format!("{path}/{name}")
+                };
                 let attr = volume.getattr(ino)?;
                 let mut xattrs = BTreeMap::new();
                 for name in volume.listxattr(ino)? {
@@ -319,8 +334,11 @@ impl Machine {
         Ok(seen)
     }
 
-    /// Closes and opens; false if either cannot be done.
+    /// Closes and opens; false if either cannot be done, or the volume takes no more changes as it is.
     fn reopen(&mut self) -> bool {
+        if self.volume().status().failed {
+            return false;
+        }
         let closed = self.volume.take().map(|volume| volume.close());
         if closed != Some(Ok(())) {
             return false;
@@ -329,7 +347,7 @@ impl Machine {
         self.open().is_ok()
     }
 
-    /// Does all of it, until the volume cannot be opened any more.
+    /// Does all of it, unless the volume fails before it is to be reopened.
     fn work(&mut self, ops: &[Op], may_be_lost: bool) -> Verdict<()> {
         for op in ops {
             if *op == Op::Reopen {
@@ -389,9 +407,7 @@ impl Machine {
     fn recover(&mut self) -> Verdict<()> {
         self.open()
             .map_err(|error| format!("the volume does not open: {error}"))?;
-        let seen = self
-            .see()
-            .map_err(|error| format!("after a remount: {error}"))?;
+        let seen = self.see().map_err(|error| format!("after a remount: {error}"))?;
         self.oracle
             .restart(&seen)
             .map_err(|why| format!("after a remount: {why}"))?;
@@ -462,14 +478,14 @@ impl Machine {
         if self.open().is_ok() {
             self.work(WORKLOAD, may_be_lost)?;
         }
-        self.host().heal();
         let mut report = Report {
+            sites: self.host().heal(),
             failed: self.host().failed(),
-            needed_remount: self.volume.is_none(),
+            takes_changes: None,
         };
         if self.volume.is_some() {
             self.look_around(may_be_lost)?;
-            report.needed_remount = !self.takes_changes()?;
+            report.takes_changes = Some(self.takes_changes()?);
             self.look_around(may_be_lost)?;
         }
         let volume = self.volume.take();

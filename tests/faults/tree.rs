@@ -82,11 +82,7 @@ impl Content {
     fn change(&mut self, index: u64) -> &mut [u8; BLOCK] {
         self.remember(index);
         self.reserved.remove(&(index..index + 1));
-        Arc::make_mut(
-            self.blocks
-                .entry(index)
-                .or_insert_with(|| Arc::new([0; BLOCK])),
-        )
+        Arc::make_mut(self.blocks.entry(index).or_insert_with(|| Arc::new([0; BLOCK])))
     }
 
     fn remember(&mut self, index: u64) {
@@ -404,7 +400,9 @@ impl Tree {
     pub fn fallocate(&mut self, ino: u64, offset: u64, length: u64, mode: i32) -> Answer<()> {
         let range = offset..offset + length;
         if mode == libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE {
-            let end = range.end.min(self.node(ino)?.size().next_multiple_of(BLOCK as u64));
+            let end = range
+                .end
+                .min(self.node(ino)?.size().next_multiple_of(BLOCK as u64));
             return self.modify(ino, |content| content.punch(range.start.min(end)..end));
         }
         if mode != 0 && mode != libc::FALLOC_FL_KEEP_SIZE {

@@ -2,7 +2,7 @@
 
 use crate::host::detach;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -10,22 +10,28 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(60);
 
 static PANICS: AtomicUsize = AtomicUsize::new(0);
+static RUNS: AtomicU64 = AtomicU64::new(0);
 
 struct Running {
+    number: u64,
     name: String,
     since: Instant,
     mountpoint: PathBuf,
 }
 
 #[derive(Clone)]
-pub struct Watch(Arc<Mutex<Option<Running>>>);
+pub struct Watch(Arc<Mutex<Vec<Running>>>);
 
 /// A run that is watched until this is dropped.
-pub struct Run<'w>(&'w Watch);
+pub struct Run<'w> {
+    watch: &'w Watch,
+    number: u64,
+}
 
 impl Drop for Run<'_> {
     fn drop(&mut self) {
-        *self.0.0.lock().unwrap() = None;
+        let mut running = self.watch.0.lock().unwrap();
+        running.retain(|run| run.number != self.number);
     }
 }
 
@@ -48,12 +54,14 @@ impl Watch {
     }
 
     pub fn run(&self, name: String, mountpoint: PathBuf) -> Run<'_> {
-        *self.0.lock().unwrap() = Some(Running {
+        let number = RUNS.fetch_add(1, Ordering::SeqCst);
+        self.0.lock().unwrap().push(Running {
+            number,
             name,
             since: Instant::now(),
             mountpoint,
         });
-        Run(self)
+        Run { watch: self, number }
     }
 
     /// Panics of any thread, so far.
@@ -63,12 +71,14 @@ impl Watch {
 
     fn abort_if_it_hangs(&self) {
         let running = self.0.lock().unwrap();
-        let Some(running) = running.as_ref().filter(|running| running.since.elapsed() > LIMIT) else {
+        let Some(hanging) = running.iter().find(|run| run.since.elapsed() > LIMIT) else {
             return;
         };
-        println!("1 hang: {} stands still for {LIMIT:?}", running.name);
-        detach(&running.mountpoint);
-        let _removed = std::fs::remove_dir(&running.mountpoint);
+        println!("1 hang: {} stands still for {LIMIT:?}", hanging.name);
+        for run in running.iter() {
+            detach(&run.mountpoint);
+            let _removed = std::fs::remove_dir(&run.mountpoint);
+        }
         std::process::abort();
     }
 }
