@@ -124,6 +124,11 @@ pub struct Plan {
     pub length: usize,
 }
 
+impl Plan {
+    /// The length of what does not end before the volume does: its host is gone.
+    pub const FOR_GOOD: usize = usize::MAX;
+}
+
 /// How many requests of each class there were.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sites([usize; Class::ALL.len()]);
@@ -154,7 +159,7 @@ impl State {
             let site = self.sites.0[class as usize];
             self.sites.0[class as usize] += 1;
             let planned = self.plan.filter(|plan| plan.fault.class() == class);
-            let is_hit = |plan: &Plan| (plan.site..plan.site + plan.length).contains(&site);
+            let is_hit = |plan: &Plan| (plan.site..plan.site.saturating_add(plan.length)).contains(&site);
             fault = fault.or(planned.filter(is_hit).map(|plan| plan.fault));
         }
         if fault.is_some() {
@@ -224,11 +229,14 @@ impl Host {
         state.sites = Sites::default();
     }
 
-    /// Nothing fails any more. Says how many requests there were until now.
-    pub fn heal(&self) -> Sites {
-        let mut state = self.0.lock().unwrap();
-        state.plan = None;
-        state.sites
+    /// Nothing fails any more.
+    pub fn heal(&self) {
+        self.0.lock().unwrap().plan = None;
+    }
+
+    /// How many requests there were since it was armed.
+    pub fn sites(&self) -> Sites {
+        self.0.lock().unwrap().sites
     }
 
     pub fn failed(&self) -> Vec<String> {
@@ -240,9 +248,10 @@ impl Host {
         self.0.lock().unwrap().tree.clone()
     }
 
-    /// What was not synced is lost. Nothing may be open.
-    pub fn lose_power(&self) {
-        self.0.lock().unwrap().tree.lose_power();
+    /// What was not synced is lost, of files that a seed determines. Nothing may be open.
+    pub fn lose_power(&self, seed: u64) {
+        let is_kept = |ino: u64| (ino ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 63 == 1;
+        self.0.lock().unwrap().tree.lose_power(is_kept);
     }
 
     fn do_with<T>(&self, work: impl FnOnce(&mut State) -> Answer<T>) -> Result<T, Errno> {

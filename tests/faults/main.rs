@@ -50,9 +50,17 @@ fn setting(name: &str, default: usize) -> usize {
 fn plans(sites: &Sites) -> Vec<Plan> {
     let of =
         |fault: Fault, length| (0..sites.of(fault.class())).map(move |site| Plan { fault, site, length });
-    let all = Fault::ALL.into_iter();
-    all.flat_map(|fault| of(fault, 1).chain(of(fault, LASTING)))
-        .collect()
+    let only = std::env::var("FAULTS_ONLY").ok();
+    let is_wanted = |fault: &Fault| only.as_ref().is_none_or(|only| *only == format!("{fault:?}"));
+    let all = Fault::ALL.into_iter().filter(is_wanted);
+    all.flat_map(|fault| {
+        let lengths: &[usize] = match fault {
+            Fault::Eio => &[1, LASTING, Plan::FOR_GOOD],
+            _ => &[1, LASTING],
+        };
+        lengths.iter().flat_map(move |length| of(fault, *length))
+    })
+    .collect()
 }
 
 /// As many as are wanted, evenly over all of them, with the ends of their runs in turns.

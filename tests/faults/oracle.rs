@@ -523,22 +523,17 @@ impl Oracle {
     /// Whether this may be there after the volume ended, in good order or not.
     pub fn check(&mut self, seen: &Seen) -> Result<(), String> {
         self.learn_inodes(seen);
-        let mut reason = "there is no possible world".to_owned();
+        let mut reasons = Vec::new();
         for (step, worlds) in self.worlds.iter().rev() {
             for world in worlds {
-                if let Err(why) = world.shows(seen, &self.inodes) {
-                    if reason.starts_with("there") {
-                        reason = format!("names of step {step}: {why}");
-                    }
-                    continue;
-                }
-                match self.check_contents(world, seen) {
+                let shown = world.shows(seen, &self.inodes);
+                match shown.and_then(|()| self.check_contents(world, seen)) {
                     Ok(()) => return Ok(()),
-                    Err(why) => reason = format!("with the names of step {step}: {why}"),
+                    Err(why) => reasons.push(format!("not of step {step}: {why}")),
                 }
             }
         }
-        Err(reason)
+        Err(reasons.join("\n    "))
     }
 
     fn check_contents(&self, world: &World, seen: &Seen) -> Result<(), String> {

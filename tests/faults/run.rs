@@ -479,22 +479,26 @@ impl Machine {
             self.work(WORKLOAD, may_be_lost)?;
         }
         let mut report = Report {
-            sites: self.host().heal(),
+            sites: self.host().sites(),
             failed: self.host().failed(),
             takes_changes: None,
         };
-        if self.volume.is_some() {
-            self.look_around(may_be_lost)?;
-            report.takes_changes = Some(self.takes_changes()?);
-            self.look_around(may_be_lost)?;
+        if plan.is_none_or(|plan| plan.length != Plan::FOR_GOOD) {
+            self.host().heal();
+            if self.volume.is_some() {
+                self.look_around(may_be_lost)?;
+                report.takes_changes = Some(self.takes_changes()?);
+                self.look_around(may_be_lost)?;
+            }
         }
         let volume = self.volume.take();
         if end == End::Close && volume.as_ref().is_some_and(|volume| volume.close().is_ok()) {
             self.oracle.closed();
         }
         drop(volume);
+        self.host().heal();
         if end == End::PowerCut {
-            self.host().lose_power();
+            self.host().lose_power(plan.map_or(0, |plan| plan.site as u64));
         }
         self.recover()?;
         Ok(report)

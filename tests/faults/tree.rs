@@ -430,10 +430,14 @@ impl Tree {
         self.alter(ino, Content::lose_pages)
     }
 
-    /// Power fails: what no file was synced of is lost. Names are taken to be there.
-    pub fn lose_power(&mut self) {
+    /// Power fails: what was not synced is lost, of some files, and of others it had been written before. Names are taken to
+    /// be there.
+    pub fn lose_power(&mut self, had_been_written: impl Fn(u64) -> bool) {
         let files: Vec<u64> = self.nodes.keys().copied().collect();
         for ino in files {
+            if had_been_written(ino) {
+                continue;
+            }
             let _is_file = self.alter(ino, |content| {
                 let size = content.synced_size;
                 content.lose_pages();
