@@ -19,6 +19,11 @@ const UUID: [u8; 16] = *b"a volume's uuid!";
 /// Questions of the background for the time, after which it has had rounds enough to do what it can.
 const QUESTIONS: u64 = 48;
 
+/// Memory for RocksDB with which it keeps to one log until the volume is closed.
+pub const ONE_LOG: usize = 16 << 20;
+/// With this little it flushes memtables, begins new logs and compacts all the time.
+pub const SEVERAL_LOGS: usize = 4 << 20;
+
 /// How a mount ends after its storage failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -61,6 +66,7 @@ pub struct Machine {
     clock: Arc<Watched>,
     oracle: Oracle,
     seed: u64,
+    cache_bytes: usize,
 }
 
 /// A volume that was made once.
@@ -95,6 +101,7 @@ impl Machine {
             }),
             oracle,
             seed: 0,
+            cache_bytes: ONE_LOG,
         }
     }
 
@@ -114,8 +121,7 @@ impl Machine {
         let options = Options {
             // Rounds are frequent; what is due in them goes by the manual clock.
             publish_interval: Duration::from_millis(1),
-            // Small, so that memtables are flushed before the end.
-            block_cache_bytes: 4 << 20,
+            block_cache_bytes: self.cache_bytes,
             dek_prefetch: 16,
             ..Options::default()
         };
@@ -462,10 +468,11 @@ impl Template {
         }
     }
 
-    /// A machine with this volume.
-    pub fn machine(&self) -> Machine {
+    /// A machine with this volume; `cache_bytes` are RocksDB's.
+    pub fn machine(&self, cache_bytes: usize) -> Machine {
         let mut machine = Machine::new(self.tree.clone(), self.oracle.clone());
         machine.seed = 1000;
+        machine.cache_bytes = cache_bytes;
         machine
     }
 }
