@@ -28,7 +28,7 @@ step "install what is missing"
 scripts/setup.sh
 COPY="$(mktemp -d "${TMPDIR:-/tmp}/cmkfs-faults.XXXXXX")"
 trap 'rm -rf "$COPY"' EXIT
-export FAULTS_INJECTIONS=600
+export FAULTS_INJECTIONS=240
 for bug in "$PWD"/tests/faults/bugs/*.patch; do
     step "plant '$(basename "$bug" .patch)'"
     rm -rf "$COPY/clone"

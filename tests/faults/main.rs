@@ -55,35 +55,38 @@ fn cache_bytes(fault: Fault) -> usize {
     }
 }
 
-/// Everything that can be made to fail.
-fn plans(sites: impl Fn(Fault) -> usize) -> Vec<Plan> {
-    let only = std::env::var("FAULTS_ONLY").ok();
-    let is_wanted = |fault: &Fault| only.as_ref().is_none_or(|only| *only == format!("{fault:?}"));
-    let mut plans = Vec::new();
-    for fault in Fault::ALL.into_iter().filter(is_wanted) {
-        let lengths: &[usize] = match fault {
-            Fault::Eio => &[1, LASTING, Plan::FOR_GOOD],
-            _ => &[1, LASTING],
-        };
-        for &length in lengths {
-            plans.extend((0..sites(fault)).map(|site| Plan { fault, site, length }));
-        }
-    }
-    plans
+/// Every way to fail in this manner.
+fn plans(fault: Fault, sites: usize) -> Vec<Plan> {
+    let lengths: &[usize] = match fault {
+        Fault::Eio => &[1, LASTING, Plan::FOR_GOOD],
+        _ => &[1, LASTING],
+    };
+    let of = |length: &usize| {
+        let length = *length;
+        (0..sites).map(move |site| Plan { fault, site, length })
+    };
+    lengths.iter().flat_map(of).collect()
 }
 
-/// As many as are wanted, evenly over all of them, with the ends of their runs in turns.
+/// As many as are wanted, with the ends of their runs in turns: of each fault the same number, evenly over its sites.
 fn injections(sites: impl Fn(Fault) -> usize) -> Vec<(Plan, End)> {
     let (wanted, seed) = (setting("FAULTS_INJECTIONS", 36), setting("FAULTS_SEED", 1));
-    let all = plans(sites);
-    let stride = if wanted == 0 {
-        1
-    } else {
-        (all.len() / wanted).max(1)
-    };
-    let chosen = all.into_iter().skip(seed * 7 % stride).step_by(stride);
+    let only = std::env::var("FAULTS_ONLY").ok();
+    let is_wanted = |fault: &Fault| only.as_ref().is_none_or(|only| *only == format!("{fault:?}"));
+    let faults: Vec<_> = Fault::ALL.into_iter().filter(is_wanted).collect();
+    let mut chosen = Vec::new();
+    for &fault in &faults {
+        let plans = plans(fault, sites(fault));
+        let share = wanted / faults.len();
+        let stride = if share == 0 {
+            1
+        } else {
+            (plans.len() / share).max(1)
+        };
+        chosen.extend(plans.into_iter().skip(seed * 7 % stride).step_by(stride));
+    }
     let ends = End::ALL.into_iter().cycle().skip(seed % End::ALL.len());
-    chosen.zip(ends).collect()
+    chosen.into_iter().zip(ends).collect()
 }
 
 /// Counts what a workload asks of its host when nothing fails.
