@@ -70,7 +70,7 @@ fn plans(fault: Fault, sites: usize) -> Vec<Plan> {
 
 /// As many as are wanted, with the ends of their runs in turns: of each fault the same number, evenly over its sites.
 fn injections(sites: impl Fn(Fault) -> usize) -> Vec<(Plan, End)> {
-    let (wanted, seed) = (setting("FAULTS_INJECTIONS", 36), setting("FAULTS_SEED", 1));
+    let (wanted, seed) = (setting("FAULTS_INJECTIONS", 60), setting("FAULTS_SEED", 1));
     let only = std::env::var("FAULTS_ONLY").ok();
     let is_wanted = |fault: &Fault| only.as_ref().is_none_or(|only| *only == format!("{fault:?}"));
     let faults: Vec<_> = Fault::ALL.into_iter().filter(is_wanted).collect();
@@ -78,11 +78,7 @@ fn injections(sites: impl Fn(Fault) -> usize) -> Vec<(Plan, End)> {
     for &fault in &faults {
         let plans = plans(fault, sites(fault));
         let share = wanted / faults.len();
-        let stride = if share == 0 {
-            1
-        } else {
-            (plans.len() / share).max(1)
-        };
+        let stride = plans.len().checked_div(share).unwrap_or(1).max(1);
         chosen.extend(plans.into_iter().skip(seed * 7 % stride).step_by(stride));
     }
     let ends = End::ALL.into_iter().cycle().skip(seed % End::ALL.len());
