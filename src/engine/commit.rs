@@ -61,18 +61,12 @@ pub(crate) struct Written {
     pub(crate) row: Vec<u8>,
 }
 
-struct Writer {
-    last: Written,
-    /// What the host had free when there was no room for a commit: with no more than that there is none again.
-    exhausted: Option<u64>,
-}
-
 /// Orders commits and knows which of them are durable.
 pub(crate) struct Committer {
     store: Arc<Store>,
     space: Arc<Space>,
     queue: Mutex<Vec<Waiting>, rank::LogQueue>,
-    writer: Mutex<Writer, rank::LogWriter>,
+    writer: Mutex<Written, rank::LogWriter>,
     syncing: Mutex<(), rank::LogSync>,
     committed: AtomicU64,
     durable: AtomicU64,
@@ -90,10 +84,7 @@ impl Committer {
             queue: Mutex::default(),
             committed: AtomicU64::new(last.root.commit_seq),
             durable: AtomicU64::new(last.root.commit_seq),
-            writer: Mutex::new(Writer {
-                last,
-                exhausted: None,
-            }),
+            writer: Mutex::new(last),
             syncing: Mutex::default(),
             deletions: AtomicU64::new(0),
             poisoned: AtomicBool::new(false),
@@ -110,24 +101,24 @@ impl Committer {
             batch,
             outcome: Arc::clone(&outcome),
         });
-        let mut writer = self.writer.lock();
+        let mut last = self.writer.lock();
         if let Some(outcome) = outcome.lock().take() {
             return outcome;
         }
         let group = std::mem::take(&mut *self.queue.lock());
-        let result = self.write(keys, &mut writer, &group);
+        let result = self.write(keys, &mut last, &group);
         for waiting in group {
             *waiting.outcome.lock() = Some(result.clone());
         }
         result
     }
 
-    fn write(&self, keys: &DomainKeys, writer: &mut Writer, group: &[Waiting]) -> Result<Seq> {
+    fn write(&self, keys: &DomainKeys, last: &mut Written, group: &[Waiting]) -> Result<Seq> {
         self.check()?;
         let mut root = RootRecord {
-            commit_seq: writer.last.root.commit_seq.saturating_add(1),
+            commit_seq: last.root.commit_seq.saturating_add(1),
             durable_seq: self.durable.load(Ordering::Acquire),
-            ..writer.last.root
+            ..last.root
         };
         for waiting in group {
             root.inodes = root.inodes.saturating_add_signed(waiting.batch.inodes);
@@ -141,8 +132,8 @@ impl Committer {
             changes.chain(std::iter::once(&root_change))
         };
         let next = Written { root, row };
-        self.append(writer, &key, &next, || self.store.write(changes()))?;
-        writer.last = next;
+        self.append(last, &key, &next, || self.store.write(changes()))?;
+        *last = next;
         if changes().any(|change| !matches!(change, Change::Put(..))) {
             self.deletions.fetch_add(1, Ordering::Relaxed);
         }
@@ -153,34 +144,28 @@ impl Committer {
     /// Appends a batch by `write`, in the ballast's room if there is no other.
     fn append(
         &self,
-        writer: &mut Writer,
+        last: &Written,
         key: &[u8],
         next: &Written,
         write: impl Fn() -> Result<()>,
     ) -> Result<()> {
-        let is_exhausted = match writer.exhausted {
-            Some(free) => self.space.free()? <= free,
-            None => false,
-        };
-        if is_exhausted || self.store.mode() == Mode::ReadOnly {
-            return Err(Error::Posix(libc::ENOSPC));
+        if self.store.mode() == Mode::ReadOnly {
+            self.reopen(&[&last.row], key, Mode::Tight)?;
         }
-        writer.exhausted = None;
         for _ in 0..APPENDS_MAX {
+            if self.store.mode() == Mode::ReadOnly {
+                break;
+            }
             match write() {
                 Err(error) if error.is_no_room() => tracing::warn!(%error, "there is no room for a commit"),
                 outcome => return self.poison_on_error(outcome),
             }
             self.space.give_up_ballast();
-            if self.reopen(&[&next.row, &writer.last.row], key, Mode::Tight)? == 0 {
+            if self.reopen(&[&next.row, &last.row], key, Mode::Tight)? == 0 {
                 // The last append got there all the same.
                 return Ok(());
             }
-            if self.store.mode() == Mode::ReadOnly {
-                break;
-            }
         }
-        writer.exhausted = Some(self.space.free()?);
         Err(Error::Posix(libc::ENOSPC))
     }
 
@@ -206,14 +191,12 @@ impl Committer {
         if self.store.mode() == Mode::Roomy || self.check().is_err() {
             return Ok(());
         }
-        let mut writer = self.writer.lock();
-        let free = self.space.free()?;
-        if writer.exhausted.is_some_and(|exhausted| free <= exhausted) || free < self.store.flush_bytes() {
+        let last = self.writer.lock();
+        if self.space.free()? < self.store.flush_bytes() {
             return Ok(());
         }
-        writer.exhausted = None;
         let key = rowkey::root(Domain::FIRST);
-        self.reopen(&[&writer.last.row], &key, Mode::Roomy).map(|_| ())
+        self.reopen(&[&last.row], &key, Mode::Roomy).map(|_| ())
     }
 
     /// How many commits deleted something.
@@ -224,7 +207,7 @@ impl Committer {
     /// Reserves `count` inode numbers, durably, and returns the first.
     pub(crate) fn reserve_inodes(&self, keys: &DomainKeys, count: u64) -> Result<u64> {
         let first = {
-            let root = &mut self.writer.lock().last.root;
+            let root = &mut self.writer.lock().root;
             let first = root.ino_limit;
             let limit = first.checked_add(count).filter(|limit| *limit < 1 << 48);
             root.ino_limit = limit.ok_or(Error::Posix(libc::ENOSPC))?;
@@ -279,7 +262,7 @@ impl Committer {
 
     /// The counters as of the last commit.
     pub(crate) fn root(&self) -> RootRecord {
-        self.writer.lock().last.root
+        self.writer.lock().root
     }
 
     /// Rule R6: after a failed append or sync of the log nobody may claim success.
