@@ -15,6 +15,7 @@ mod privacy;
 mod privileges;
 #[path = "../common/program.rs"]
 mod program;
+mod random;
 mod remount;
 mod revocation;
 mod status;
