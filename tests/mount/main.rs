@@ -4,11 +4,14 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod acl;
+mod attributes;
 mod crash;
 mod directories;
 mod errors;
 mod files;
 mod fsck;
+mod handles;
+mod locks;
 mod names;
 mod posix;
 mod privacy;
