@@ -151,12 +151,18 @@ impl Access<'_> {
     pub(crate) fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
         check_namespace(name)?;
         let node = self.node(ino)?;
+        // An ACL that is not there is what its removal leaves, as in the kernel's own filesystems.
+        let absent = if acl::is_acl(name) {
+            Ok(())
+        } else {
+            Err(Error::Posix(libc::ENODATA))
+        };
         if node.state.read().record.xattrs == 0 || name.len() > NAME_BYTES_MAX {
-            return Err(Error::Posix(libc::ENODATA));
+            return absent;
         }
         let staged = Staged::lock(&[&node]);
         if self.search::<Xattr>(Table::Xattrs, ino, name)?.found().is_none() {
-            return Err(Error::Posix(libc::ENODATA));
+            return absent;
         }
         let (perm, now) = (staged.state(ino)?.record.perm, self.now());
         self.remove_xattr(staged, ino, name, perm, now)

@@ -56,7 +56,7 @@ pub use format::superblock::Superblock;
 pub use keyring::KeyState;
 pub use keyservice::{CacheObserver, IssuedKey, KeyContext, KeyError, KeyService};
 pub use types::{
-    Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr,
-    SetXattr, StatFs, Taken, Timestamp,
+    Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, Owner, RenameFlags, Seek,
+    SetAttr, SetXattr, StatFs, Taken, Timestamp,
 };
 pub use volume::{CreateParams, OpenError, Options, Status, Volume};

@@ -9,7 +9,7 @@ use super::format::rowkey::Table;
 use super::node::Node;
 use super::staged::Staged;
 use super::table::{Search, check_name, check_new_name, same_chain};
-use super::types::{Attr, FileKind, Ino, NewNode, RenameFlags, SGID, Timestamp};
+use super::types::{Attr, FileKind, Ino, NewNode, Owner, RenameFlags, SGID, Timestamp};
 use std::sync::Arc;
 
 /// Most hard links of a file, and most subdirectories of a directory plus two.
@@ -291,7 +291,7 @@ impl Access<'_> {
     ) -> Result<()> {
         check_new_name(name)?;
         check_new_name(new_name)?;
-        if flags.exchange && (flags.no_replace || flags.whiteout) {
+        if flags.exchange && (flags.no_replace || flags.whiteout.is_some()) {
             return Err(Error::Posix(libc::EINVAL));
         }
         // Nothing else changes which directory is above which.
@@ -361,14 +361,12 @@ impl Access<'_> {
         new_dir: &Arc<Node>,
         new_name: &[u8],
         target: Option<&Named>,
-        whiteout: bool,
+        whiteout: Option<Owner>,
     ) -> Result<bool> {
         let (old, new, child) = (source.dir.ino, new_dir.ino, source.child.ino);
-        let whiteout = if whiteout {
-            Some(self.unborn_plain()?)
-        } else {
-            None
-        };
+        let whiteout = whiteout
+            .map(|owner| self.unborn_plain().map(|ino| (ino, owner)))
+            .transpose()?;
         let mut nodes = vec![&source.dir, new_dir, &source.child];
         nodes.extend(target.map(|target| &target.child));
         let mut staged = Staged::lock(&nodes);
@@ -405,7 +403,9 @@ impl Access<'_> {
             }
         }
         match whiteout {
-            Some(ino) => self.put_whiteout(&mut batch, &staged, source, place, ino, now)?,
+            Some((ino, owner)) => {
+                self.put_whiteout(&mut batch, &staged, source, place, ino, owner, now)?;
+            }
             None => {
                 let chain_grows = old == new && same_chain(place, new_place);
                 self.remove_entry::<Dirent>(&mut batch, Table::Dirents, old, place, chain_grows)?;
@@ -444,6 +444,10 @@ impl Access<'_> {
     }
 
     /// Leaves the mark that overlayfs understands, a character device 0:0, under the old name.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one step of a rename, called in one place"
+    )]
     fn put_whiteout(
         &self,
         batch: &mut Batch,
@@ -451,10 +455,10 @@ impl Access<'_> {
         source: &Named,
         place: u64,
         ino: Ino,
+        owner: Owner,
         now: Timestamp,
     ) -> Result<()> {
         let dir = source.dir.ino;
-        let owner = &staged.state(source.child.ino)?.record;
         let node = NewNode {
             kind: FileKind::CharDevice,
             perm: 0,
@@ -463,13 +467,18 @@ impl Access<'_> {
             gid: owner.gid,
             rdev: 0,
         };
-        let record = new_record(Some(&staged.state(dir)?.record), dir, &node, now);
+        let inherited = self.inherit(staged, dir, &node)?;
+        let record = InodeRecord {
+            xattrs: inherited.xattrs.len() as u32,
+            ..new_record(Some(&staged.state(dir)?.record), dir, &node, now)
+        };
         let entry = Dirent {
             ino,
             kind: node.kind,
             name: source.name.clone(),
         };
         self.put_entry(batch, Table::Dirents, dir, place, entry)?;
+        self.put_first_entries(batch, Table::Xattrs, ino, inherited.xattrs)?;
         self.put_inode(batch, ino, &record)?;
         batch.count_inodes(1);
         Ok(())

@@ -204,8 +204,17 @@ pub struct RenameFlags {
     pub no_replace: bool,
     /// Swap the two names.
     pub exchange: bool,
-    /// Leave a whiteout (a character device 0:0) at the source.
-    pub whiteout: bool,
+    /// Leave a whiteout (a character device 0:0) of this owner at the source.
+    pub whiteout: Option<Owner>,
+}
+
+/// To whom something new belongs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// The user.
+    pub uid: u32,
+    /// The group; a parent with the sgid bit overrides it.
+    pub gid: u32,
 }
 
 /// A position in a directory, valid until that directory is deleted, whatever else comes and goes in it.

@@ -3,7 +3,7 @@
 use crate::reference::{Errno, Model, ModelNode, fallocate, node, read, write};
 use crate::support::{DIR, FILE, Fixture, content, list, noise};
 use cmkfs::engine::{
-    Attr, Error, Fallocate, FileKind, Ino, NewNode, RenameFlags, Seek, SetAttr, SetXattr, Volume,
+    Attr, Error, Fallocate, FileKind, Ino, NewNode, Owner, RenameFlags, Seek, SetAttr, SetXattr, Volume,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -115,7 +115,7 @@ fn errno<T>(result: Result<T, Error>) -> Result<T, Errno> {
 }
 
 fn name(number: u8) -> Vec<u8> {
-    format!("name {number}").into_bytes()
+    format!("user.{number}").into_bytes()
 }
 
 impl Pair {
@@ -474,7 +474,7 @@ fn rename_flags() -> impl Strategy<Value = RenameFlags> {
         .prop_map(|(no_replace, exchange, whiteout)| RenameFlags {
             no_replace,
             exchange,
-            whiteout,
+            whiteout: whiteout.then(Owner::default),
         })
 }
 

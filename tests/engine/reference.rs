@@ -92,7 +92,7 @@ impl Model {
         to: (usize, &[u8]),
         flags: RenameFlags,
     ) -> Result<(), Errno> {
-        if flags.exchange && (flags.no_replace || flags.whiteout) {
+        if flags.exchange && (flags.no_replace || flags.whiteout.is_some()) {
             return Err(libc::EINVAL);
         }
         let source = self.child(from.0, from.1)?;
@@ -127,7 +127,7 @@ impl Model {
         }
         self.nodes[from.0].children.remove(from.1);
         self.put(to, source);
-        if flags.whiteout {
+        if flags.whiteout.is_some() {
             self.add(from.0, from.1, node(FileKind::CharDevice, 0, 0))?;
         }
         Ok(())

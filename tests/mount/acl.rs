@@ -91,6 +91,8 @@ fn a_named_user_and_a_named_group_get_what_the_mask_lets_through() {
     assert_eq!(mode(&path), 0o640);
     assert!(!may(STRANGER, STRANGER, READ, &path));
     assert_eq!(get(&path, ACCESS), Err(rustix::io::Errno::NODATA));
+    // To remove none is none removed.
+    rustix::fs::removexattr(&path, ACCESS).unwrap();
 }
 
 #[test]

@@ -1,12 +1,13 @@
 //! Directories: listing while they change, counts of links, and what may be moved where.
 
-use crate::twin::{Record, compare};
+use crate::twin::{ROOT, Record, User, compare};
 use crate::world::World;
 use rustix::fs::{CWD, OFlags, RawDir, RenameFlags, SeekFrom};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 #[test]
@@ -287,5 +288,40 @@ fn a_removed_directory_is_as_in_ext4() {
             .map(|entry| entry.map(|_| ()));
         record.outcome("list", first.unwrap_or(Ok(())));
         record.stat("above", dir);
+    });
+}
+
+/// A whiteout is made by whom renames, where the name was.
+#[test]
+fn whiteouts_belong_to_whom_renamed_as_in_ext4() {
+    compare(|dir, record| {
+        for (mode, acl) in [(0o777, None), (0o2777, None), (0o777, Some("d:u:1001:rwx"))] {
+            let place = dir.join("place");
+            fs::create_dir(&place).unwrap();
+            std::os::unix::fs::chown(&place, None, Some(4321)).unwrap();
+            fs::set_permissions(&place, fs::Permissions::from_mode(mode)).unwrap();
+            if let Some(acl) = acl {
+                let set = std::process::Command::new("setfacl")
+                    .args(["-m", acl])
+                    .arg(&place)
+                    .status();
+                assert!(set.unwrap().success());
+            }
+            for user in [ROOT, User(1001, 1001, &[])] {
+                fs::write(place.join("file"), b"").unwrap();
+                std::os::unix::fs::chown(place.join("file"), Some(7), Some(8)).unwrap();
+                let (from, to) = (place.join("file"), place.join("moved"));
+                let moved =
+                    user.does(|| rustix::fs::renameat_with(CWD, &from, CWD, &to, RenameFlags::WHITEOUT));
+                record.outcome(user.0, moved);
+                record.stat("whiteout", &from);
+                record.stat("moved", &to);
+                let acl = rustix::fs::getxattr(&from, "system.posix_acl_access", &mut [0; 200]);
+                record.note(format_args!("{acl:?}"));
+                fs::remove_file(from).unwrap();
+                fs::remove_file(to).unwrap();
+            }
+            fs::remove_dir(&place).unwrap();
+        }
     });
 }

@@ -4,17 +4,21 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod acl;
+mod attributes;
 mod crash;
 mod directories;
 mod errors;
 mod files;
 mod fsck;
+mod handles;
+mod locks;
 mod names;
 mod posix;
 mod privacy;
 mod privileges;
 #[path = "../common/program.rs"]
 mod program;
+mod random;
 mod remount;
 mod revocation;
 mod status;

@@ -3,12 +3,10 @@
 use crate::twin::{ROOT, Record, User, compare, errno_of};
 use crate::world::World;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, XattrFlags};
-use rustix::io::Errno;
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 const STRANGER: User = User(1002, 1002, &[]);
 const MODE: Mode = Mode::RWXU;
@@ -259,148 +257,6 @@ fn special_files_are_as_in_ext4() {
             rustix::fs::setxattr(&fifo, "trusted.a", b"x", XattrFlags::empty()),
         );
     });
-}
-
-/// Every namespace, on files and directories, by root and by others.
-#[test]
-fn attributes_are_as_in_ext4() {
-    compare(|dir, record| {
-        let longest = format!("user.{}", "n".repeat(250));
-        let too_long = format!("{longest}n");
-        let names = [
-            "user.a",
-            "trusted.a",
-            "security.a",
-            "system.a",
-            "other.a",
-            "user.",
-            "user",
-            "",
-            &longest,
-            &too_long,
-        ];
-        for is_dir in [false, true] {
-            let path = dir.join(format!("{is_dir}"));
-            if is_dir {
-                fs::create_dir(&path).unwrap()
-            } else {
-                File::create(&path).map(drop).unwrap()
-            }
-            for mode in [0o666, 0o1777, 0o444] {
-                fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
-                for user in [ROOT, STRANGER] {
-                    for name in names {
-                        let short = &name[..name.len().min(12)];
-                        let mut step = |what: &str, act: &(dyn Fn() -> rustix::io::Result<usize> + Sync)| {
-                            let done = user.does(act);
-                            record.note(format_args!(
-                                "{what} {short} {} by {} mode {mode:o}: {done:?}",
-                                name.len(),
-                                user.0
-                            ));
-                        };
-                        let set =
-                            |value: &[u8], flags| rustix::fs::setxattr(&path, name, value, flags).map(|()| 0);
-                        step("replace", &|| set(b"none", XattrFlags::REPLACE));
-                        step("create", &|| set(b"value", XattrFlags::CREATE));
-                        step("create again", &|| set(b"value", XattrFlags::CREATE));
-                        step("set nothing", &|| set(b"", XattrFlags::empty()));
-                        step("get", &|| rustix::fs::getxattr(&path, name, &mut [0; 100]));
-                        step("set", &|| set(b"longer value", XattrFlags::empty()));
-                        step("get too much", &|| rustix::fs::getxattr(&path, name, &mut [0; 5]));
-                        step("size", &|| rustix::fs::getxattr(&path, name, &mut [0; 0]));
-                        step("list", &|| rustix::fs::listxattr(&path, &mut [0; 0]));
-                        step("list too much", &|| rustix::fs::listxattr(&path, &mut [0; 2]));
-                        step("remove", &|| rustix::fs::removexattr(&path, name).map(|()| 0));
-                        step("remove again", &|| {
-                            rustix::fs::removexattr(&path, name).map(|()| 0)
-                        });
-                    }
-                }
-            }
-        }
-    });
-}
-
-/// name_to_handle_at(2): what an NFS server gives its clients.
-struct Handle(Vec<u64>);
-
-const HANDLE_BYTES: u32 = 128;
-
-impl Handle {
-    fn of(path: &Path) -> Self {
-        let path = CString::new(path.as_os_str().as_bytes()).unwrap();
-        let mut handle = vec![0_u64; 1 + HANDLE_BYTES as usize / 8];
-        handle[0] = u64::from(HANDLE_BYTES);
-        let mut mount = 0_i32;
-        // SAFETY: the handle has room for the bytes its first word says, behind its two words.
-        let done = unsafe {
-            libc::syscall(
-                libc::SYS_name_to_handle_at,
-                libc::AT_FDCWD,
-                path.as_ptr(),
-                handle.as_mut_ptr(),
-                &raw mut mount,
-                0,
-            )
-        };
-        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-        Self(handle)
-    }
-
-    fn open(&self, mount: &File, flags: i32) -> rustix::io::Result<File> {
-        // SAFETY: the handle is one that the kernel made; what it opens is nobody else's.
-        unsafe {
-            match libc::syscall(
-                libc::SYS_open_by_handle_at,
-                mount.as_raw_fd(),
-                self.0.as_ptr(),
-                flags,
-            ) {
-                -1 => errno_of(Err(std::io::Error::last_os_error())),
-                descriptor => Ok(File::from_raw_fd(descriptor as i32)),
-            }
-        }
-    }
-}
-
-/// FUSE_EXPORT_SUPPORT: a handle finds its file when the kernel has forgotten it, and after a rename; never another's.
-#[test]
-fn handles_find_their_files_and_no_others() {
-    let mut world = World::new();
-    fs::create_dir_all(world.at("dir/inner")).unwrap();
-    let paths = ["file", "dir/inner/file"].map(|path| world.at(path));
-    let handles = paths.each_ref().map(|path| {
-        fs::write(path, path.as_os_str().as_bytes()).unwrap();
-        Handle::of(path)
-    });
-    let dir = Handle::of(&world.at("dir/inner"));
-    fs::rename(&paths[0], world.at("dir/renamed")).unwrap();
-    for remount in [false, true] {
-        if remount {
-            world.unmount();
-            world.mount(&[]);
-        }
-        let mount = File::open(world.mnt()).unwrap();
-        for (handle, path) in handles.iter().zip(&paths) {
-            let mut file = handle.open(&mount, libc::O_RDWR).unwrap();
-            let mut content = Vec::new();
-            std::io::Read::read_to_end(&mut file, &mut content).unwrap();
-            assert_eq!(content, path.as_os_str().as_bytes());
-        }
-        let dir = dir.open(&mount, libc::O_DIRECTORY).unwrap();
-        let above = rustix::fs::openat(&dir, "..", OFlags::DIRECTORY, Mode::empty()).unwrap();
-        assert!(rustix::fs::statat(&above, "inner", AtFlags::empty()).is_ok());
-    }
-    fs::remove_file(world.at("dir/renamed")).unwrap();
-    for number in 0..100 {
-        fs::write(world.at(&format!("later {number}")), b"").unwrap();
-    }
-    let mount = File::open(world.mnt()).unwrap();
-    assert_eq!(handles[0].open(&mount, libc::O_RDONLY).err(), Some(Errno::STALE));
-    assert!(handles[1].open(&mount, libc::O_RDONLY).is_ok());
-    drop(mount);
-    world.unmount();
 }
 
 /// Many names of one file, and how many of them each says there are.

@@ -272,40 +272,6 @@ fn sticky_directories_keep_what_belongs_to_others() {
 }
 
 #[test]
-fn attributes_of_the_trusted_are_shown_to_root_alone() {
-    compare(|dir, record| {
-        let path = dir.join("file");
-        fs::write(&path, b"").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        for name in ["user.plain", "trusted.secret", "security.mark"] {
-            rustix::fs::setxattr(&path, name, b"value", XattrFlags::empty()).unwrap();
-        }
-        for user in [ROOT, STRANGER] {
-            record.note(format_args!("{:?}", user.does(|| listed(&path))));
-            for name in ["user.plain", "trusted.secret", "security.mark"] {
-                let get = user.does(|| rustix::fs::getxattr(&path, name, &mut [0; 10]));
-                record.outcome(format_args!("get {name} by {}", user.0), get);
-                let set = user.does(|| rustix::fs::setxattr(&path, name, b"other", XattrFlags::empty()));
-                record.outcome(format_args!("set {name} by {}", user.0), set);
-            }
-        }
-    });
-}
-
-fn listed(path: &Path) -> Vec<String> {
-    let mut buffer = [0; 1000];
-    let length = rustix::fs::llistxattr(path, &mut buffer).unwrap();
-    let names = buffer[..length]
-        .split(|byte| *byte == 0)
-        .filter(|name| !name.is_empty());
-    let mut names: Vec<_> = names
-        .map(|name| String::from_utf8(name.to_vec()).unwrap())
-        .collect();
-    names.sort();
-    names
-}
-
-#[test]
 fn a_program_that_runs_is_not_written() {
     compare(|dir, _| {
         let program = dir.join("program");

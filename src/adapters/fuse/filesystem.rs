@@ -6,7 +6,7 @@ use super::negotiate::negotiate;
 use super::reply::{GENERATION, TTL, reply_attr, reply_empty, reply_entry, reply_xattr};
 use super::session::CacheMode;
 use crate::engine::{
-    Attr, Clock, Cookie, Error, Fallocate, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr, SetXattr,
+    Attr, Clock, Cookie, Error, Fallocate, Ino, Kill, NewNode, Owner, RenameFlags, Seek, SetAttr, SetXattr,
     SystemClock, Taken, Volume,
 };
 use fuser::{
@@ -324,7 +324,7 @@ impl Filesystem for CmkFs {
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -335,7 +335,12 @@ impl Filesystem for CmkFs {
         let flags = RenameFlags {
             no_replace: flags.contains(fuser::RenameFlags::RENAME_NOREPLACE),
             exchange: flags.contains(fuser::RenameFlags::RENAME_EXCHANGE),
-            whiteout: flags.contains(fuser::RenameFlags::RENAME_WHITEOUT),
+            whiteout: flags
+                .contains(fuser::RenameFlags::RENAME_WHITEOUT)
+                .then(|| Owner {
+                    uid: req.uid(),
+                    gid: req.gid(),
+                }),
         };
         let (from, to) = (
             (Ino(parent.0), name.as_bytes()),
