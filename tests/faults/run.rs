@@ -505,7 +505,8 @@ impl Machine {
         drop(volume);
         self.host().heal();
         if end == End::PowerCut {
-            self.host().lose_power(plan.map_or(0, |plan| plan.site as u64));
+            let seed = plan.map_or(0, |plan| plan.site as u64);
+            self.host().lose_power(seed, crate::may_logs_have_holes());
         }
         self.recover()?;
         Ok(report)
