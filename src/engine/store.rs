@@ -440,14 +440,15 @@ fn sync_logs(dir: &Path) -> Result<()> {
 
 /// The options of the database, and its column families with theirs.
 fn describe(sizes: Sizes, mode: Mode, create: bool) -> Result<(Options, [ColumnFamilyDescriptor; 2])> {
-    let mut options = Options::default();
+    // Each log says where the one before it ends: of logs that are not synced yet the kernel may lose an older one's pages
+    // and keep a younger one's, which must not be replayed then.
+    let mut settings = "track_and_verify_wals=true".to_owned();
     if mode == Mode::Tight {
         // Blocks that are allocated ahead would be missing for what needs them now.
-        let tight = "avoid_flush_during_recovery=true;allow_fallocate=false";
-        options = options
-            .get_options_from_string(tight)
-            .map_err(|error| failed("options", &error))?;
+        settings += ";avoid_flush_during_recovery=true;allow_fallocate=false";
     }
+    let options = Options::default().get_options_from_string(settings);
+    let mut options = options.map_err(|error| failed("options", &error))?;
     options.create_if_missing(create);
     options.create_missing_column_families(create);
     options.set_error_if_exists(create);

@@ -248,13 +248,9 @@ impl Host {
         self.0.lock().unwrap().tree.clone()
     }
 
-    /// What was not synced is lost, of files that a seed determines; logs are among them unless each may be `on_its_own`.
-    /// Nothing may be open.
-    pub fn lose_power(&self, seed: u64, on_its_own: bool) {
-        let is_kept = |ino: u64, path: &str| {
-            let is_picked = (ino ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 63 == 1;
-            is_picked && (on_its_own || !path.ends_with(".log"))
-        };
+    /// What was not synced is lost, of files that a seed determines. Nothing may be open.
+    pub fn lose_power(&self, seed: u64) {
+        let is_kept = |ino: u64| (ino ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 63 == 1;
         self.0.lock().unwrap().tree.lose_power(is_kept);
     }
 

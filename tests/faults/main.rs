@@ -18,7 +18,7 @@ mod watch;
 mod workload;
 
 use host::{Class, Fault, Plan, Sites};
-use run::{End, ONE_LOG, Report, SEVERAL_LOGS, Template};
+use run::{End, Report, Template};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -42,20 +42,6 @@ type Queue = Mutex<std::vec::IntoIter<(Plan, End)>>;
 
 fn setting(name: &str, default: usize) -> usize {
     std::env::var(name).map_or(default, |value| value.parse().unwrap())
-}
-
-/// Whether an earlier log of RocksDB's may lose what was not synced while a later one keeps it. RocksDB then replays the
-/// later one all the same: what comes back is no state that ever was. Until that is mended it is not part of the test.
-fn may_logs_have_holes() -> bool {
-    setting("FAULTS_LOG_HOLES", 0) != 0
-}
-
-/// RocksDB's memory in the runs with a fault.
-fn cache_bytes(fault: Fault) -> usize {
-    match fault {
-        Fault::Lost if !may_logs_have_holes() => ONE_LOG,
-        _ => SEVERAL_LOGS,
-    }
 }
 
 /// Every way to fail in this manner.
@@ -89,15 +75,15 @@ fn injections(sites: impl Fn(Fault) -> usize) -> Vec<(Plan, End)> {
 }
 
 /// Counts what a workload asks of its host when nothing fails.
-fn count_sites(template: &Template, watch: &Watch, cache_bytes: usize) -> Sites {
-    let mut machine = template.machine(cache_bytes);
+fn count_sites(template: &Template, watch: &Watch) -> Sites {
+    let mut machine = template.machine();
     let _run = watch.run("the run in which nothing fails".to_owned(), machine.mountpoint());
     machine.run(None, End::Close).unwrap().sites
 }
 
 /// One run; an error is a violation, or a panic of the test's own thread.
 fn inject(template: &Template, watch: &Watch, (plan, end): (Plan, End)) -> Result<Report, String> {
-    let mut machine = template.machine(cache_bytes(plan.fault));
+    let mut machine = template.machine();
     let _run = watch.run(format!("{plan:?}, then {end:?}"), machine.mountpoint());
     let outcome = catch_unwind(AssertUnwindSafe(|| machine.run(Some(plan), end)));
     let outcome = outcome.unwrap_or_else(|_| Err("a panic".to_owned()));
@@ -157,12 +143,8 @@ fn storage_that_fails_loses_nothing_that_was_acknowledged() {
     );
     let watch = Watch::begin();
     let template = Template::make();
-    let [one, several] = [ONE_LOG, SEVERAL_LOGS].map(|bytes| count_sites(&template, &watch, bytes));
-    let sites_of = |fault: Fault| match cache_bytes(fault) {
-        ONE_LOG => one.of(fault.class()),
-        _ => several.of(fault.class()),
-    };
-    let queue = Mutex::new(injections(sites_of).into_iter());
+    let sites = count_sites(&template, &watch);
+    let queue = Mutex::new(injections(|fault| sites.of(fault.class())).into_iter());
     let tallies = Mutex::new(Tallies::new());
     std::thread::scope(|scope| {
         for _ in 0..setting("FAULTS_WORKERS", 3) {
@@ -179,7 +161,7 @@ fn storage_that_fails_loses_nothing_that_was_acknowledged() {
     let sum = |of: fn(&Tally) -> usize| tallies.values().map(of).sum::<usize>();
     println!(
         "{} sites, {} injections, {} panics, 0 hangs, {} silent losses",
-        several.of(Class::Changes) + several.of(Class::Reads),
+        sites.of(Class::Changes) + sites.of(Class::Reads),
         sum(|tally| tally.injections),
         watch.panics(),
         sum(|tally| tally.violations),

@@ -19,10 +19,8 @@ const UUID: [u8; 16] = *b"a volume's uuid!";
 /// Questions of the background for the time, after which it has had rounds enough to do what it can.
 const QUESTIONS: u64 = 48;
 
-/// Memory for RocksDB with which it keeps to one log until the volume is closed.
-pub const ONE_LOG: usize = 16 << 20;
-/// With this little it flushes memtables, begins new logs and compacts all the time.
-pub const SEVERAL_LOGS: usize = 4 << 20;
+/// Memory for RocksDB: with this little it flushes memtables, begins new logs and compacts all the time.
+const CACHE_BYTES: usize = 4 << 20;
 
 /// How a mount ends after its storage failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +64,6 @@ pub struct Machine {
     clock: Arc<Watched>,
     oracle: Oracle,
     seed: u64,
-    cache_bytes: usize,
 }
 
 /// A volume that was made once.
@@ -101,7 +98,6 @@ impl Machine {
             }),
             oracle,
             seed: 0,
-            cache_bytes: ONE_LOG,
         }
     }
 
@@ -121,7 +117,7 @@ impl Machine {
         let options = Options {
             // Rounds are frequent; what is due in them goes by the manual clock.
             publish_interval: Duration::from_millis(1),
-            block_cache_bytes: self.cache_bytes,
+            block_cache_bytes: CACHE_BYTES,
             dek_prefetch: 16,
             ..Options::default()
         };
@@ -468,11 +464,10 @@ impl Template {
         }
     }
 
-    /// A machine with this volume; `cache_bytes` are RocksDB's.
-    pub fn machine(&self, cache_bytes: usize) -> Machine {
+    /// A machine with this volume.
+    pub fn machine(&self) -> Machine {
         let mut machine = Machine::new(self.tree.clone(), self.oracle.clone());
         machine.seed = 1000;
-        machine.cache_bytes = cache_bytes;
         machine
     }
 }
@@ -506,7 +501,7 @@ impl Machine {
         self.host().heal();
         if end == End::PowerCut {
             let seed = plan.map_or(0, |plan| plan.site as u64);
-            self.host().lose_power(seed, crate::may_logs_have_holes());
+            self.host().lose_power(seed);
         }
         self.recover()?;
         Ok(report)

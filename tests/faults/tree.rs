@@ -432,11 +432,12 @@ impl Tree {
 
     /// Power fails: what was not synced is lost, of some files, and of others it had been written before. Names are taken to
     /// be there.
-    pub fn lose_power(&mut self, had_been_written: impl Fn(u64, &str) -> bool) {
-        let losing = self.nodes.iter();
-        let losing = losing.filter(|(ino, node)| !had_been_written(**ino, &node.path));
-        let losing: Vec<u64> = losing.map(|(ino, _)| *ino).collect();
-        for ino in losing {
+    pub fn lose_power(&mut self, had_been_written: impl Fn(u64) -> bool) {
+        let files: Vec<u64> = self.nodes.keys().copied().collect();
+        for ino in files {
+            if had_been_written(ino) {
+                continue;
+            }
             let _is_file = self.alter(ino, |content| {
                 let size = content.synced_size;
                 content.lose_pages();
