@@ -241,6 +241,8 @@ impl Machine {
         let performed = self.perform(op, &data);
         let (outcome, made) = match &performed {
             Ok(done) => *done,
+            // Two steps, of which the first may have been made.
+            Err(_) if matches!(op, Op::ZeroRange(..)) => (Outcome::Failed, None),
             Err(Error::Poisoned | Error::Posix(_)) => (Outcome::Refused, None),
             Err(_) => (Outcome::Failed, None),
         };
