@@ -26,10 +26,11 @@ kmsd_start
 "$BIN/cmkfs" create "$VOLUME" --key-id "$(key_create)" >/dev/null
 
 # $1: the largest file, $2: the largest operation, in bytes, $3: whether pages written through a mapping stay dirty; then
-# weights. Sizes go from files that lie in the database to those of many slots.
+# weights. No operation is of no bytes: fsx takes the EINVAL that every filesystem has for that for a fault. Sizes go from files
+# that lie in the database to those of many slots.
 configure() {
     local weight
-    printf 'flen = %s\nnomsyncafterwrite = %s\n[opsize]\nmax = %s\n[weights]\n' "$1" "$3" "$2" >"$SCRATCH/fsx.toml"
+    printf 'flen = %s\nnomsyncafterwrite = %s\n[opsize]\nmin = 1\nmax = %s\n[weights]\n' "$1" "$3" "$2" >"$SCRATCH/fsx.toml"
     shift 3
     for weight in close_open=1 read=10 write=10 truncate=2 fsync=1 fdatasync=1 mapread=0 mapwrite=0 invalidate=0 "$@"; do
         # The last of a name counts.
