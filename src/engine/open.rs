@@ -225,7 +225,10 @@ pub(crate) fn open_core(
         Writing::Nothing => open(Mode::ReadOnly)?,
         Writing::Allowed => match open(Mode::Roomy) {
             Err(error) if error.is_no_room() => {
-                space.give_up_ballast();
+                // A read-only mount takes nothing away, though RocksDB recovers its log.
+                if !options.read_only {
+                    space.give_up_ballast();
+                }
                 open(Mode::Tight)?
             }
             store => store?,

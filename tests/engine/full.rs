@@ -278,3 +278,18 @@ fn a_compaction_without_room_ends_no_volume() {
     assert!(kept.add(&volume, LARGE));
     kept.check_closed(&host, volume);
 }
+
+#[test]
+fn a_read_only_mount_of_a_full_host_takes_nothing_away() {
+    let mut host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..200).all(|_| kept.add(&volume, SMALL) && kept.add(&volume, 100_000)));
+    // What RocksDB had allocated ahead is free again with it.
+    drop(volume);
+    host.fill(0);
+    host.fixture.options.read_only = true;
+    let volume = host.fixture.open();
+    kept.check(&volume);
+    assert!(host.fixture.dir().join("ballast").exists());
+}
