@@ -7,6 +7,7 @@ pub mod audit;
 mod blob;
 mod clock;
 mod engine;
+mod fence;
 mod harden;
 mod home;
 mod metrics;

@@ -123,3 +123,35 @@ pub struct AliasRow {
     #[prost(bytes = "vec", tag = "3")]
     pub key_id: Vec<u8>,
 }
+
+/// One holder of data keys: a session, and the CMKs under which it was given something.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct HolderRow {
+    /// The session's id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session_id: Vec<u8>,
+    /// UUID.
+    #[prost(bytes = "vec", tag = "2")]
+    pub volume: Vec<u8>,
+    /// The boot of the host during which it was opened: no holder outlives its kernel.
+    #[prost(string, tag = "3")]
+    pub boot_id: String,
+    /// Of the process.
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    /// The process.
+    #[prost(int32, tag = "5")]
+    pub pid: i32,
+    /// When the process began, in clock ticks since the boot.
+    #[prost(uint64, tag = "6")]
+    pub started_ticks: u64,
+    /// The anonymous device of its mount, once it has one.
+    #[prost(uint32, optional, tag = "7")]
+    pub device_minor: Option<u32>,
+    /// How long it may take to go dark.
+    #[prost(uint32, tag = "8")]
+    pub drain_max_ms: u32,
+    /// UUIDs of CMKs.
+    #[prost(bytes = "vec", repeated, tag = "9")]
+    pub keys: Vec<Vec<u8>>,
+}

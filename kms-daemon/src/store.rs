@@ -55,15 +55,18 @@ pub enum Table {
     Aliases,
     /// Audit records of changes that may not have reached the log.
     PendingAudit,
+    /// Who holds data keys.
+    Holders,
 }
 
 impl Table {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Manifest,
         Self::Keys,
         Self::Material,
         Self::Aliases,
         Self::PendingAudit,
+        Self::Holders,
     ];
 
     /// The tables whose every row the manifest answers for.
@@ -76,6 +79,7 @@ impl Table {
             Self::Material => "material",
             Self::Aliases => "aliases",
             Self::PendingAudit => "pending_audit",
+            Self::Holders => "holders",
         }
     }
 }
@@ -288,7 +292,9 @@ impl Store {
     fn sealer(&self, table: Table) -> &Sealer {
         match table {
             Table::Material => &self.material,
-            Table::Manifest | Table::Keys | Table::Aliases | Table::PendingAudit => &self.metadata,
+            Table::Manifest | Table::Keys | Table::Aliases | Table::PendingAudit | Table::Holders => {
+                &self.metadata
+            }
         }
     }
 
@@ -397,7 +403,8 @@ fn open_database(path: &Path, create: bool) -> Result<DB, rocksdb::Error> {
     let families = Table::ALL.map(|table| ColumnFamilyDescriptor::new(table.name(), family_options()));
     let mut options = Options::default();
     options.create_if_missing(create);
-    options.create_missing_column_families(create);
+    // A keystore of an earlier version lacks the later families.
+    options.create_missing_column_families(true);
     options.set_error_if_exists(create);
     // What was acknowledged is whole in the log; a torn end is what was not.
     options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);

@@ -1,15 +1,24 @@
 //! The engine's [`KeyService`] over a session with kmsd.
 
-use crate::engine::{IssuedKey, KeyContext, KeyError, KeyService};
-use kms_client::{Client, ClientError, Code, EncryptionContext, KeyState, KmsError, Session};
+use crate::engine::{Ino, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Renewal};
+use fuse_device::{AbortHandle, FuseDevice};
+use kms_client::{
+    Client, ClientError, Code, Descriptors, EncryptionContext, KeyState, KmsError, Ledger, Session,
+};
 use kms_crypto::SecretKey;
 use parking_lot::{Mutex, RwLock};
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Longest wait for one call to kmsd: a FUSE request that waits longer is a stuck process.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the watcher waits before it tries again to watch.
+const WATCH_PAUSE: Duration = Duration::from_millis(200);
 
 /// A session that is opened anew when kmsd was restarted. kmsd knows it by this process: it is opened after the
 /// process has gone to the background.
@@ -17,8 +26,47 @@ pub struct SessionKeys {
     client: Client,
     volume: [u8; 16],
     cmk: String,
+    drain_max: Duration,
     session: RwLock<Arc<Session>>,
     reopening: Mutex<()>,
+    /// What is handed to kmsd with every session, once there is a mount.
+    mount: OnceLock<MountHandles>,
+}
+
+/// What kmsd needs to drop what the kernel caches of a mount.
+pub struct MountHandles {
+    /// A clone of the FUSE device.
+    pub device: FuseDevice,
+    /// The inodes that the kernel may cache.
+    pub ledger: Arc<Ledger>,
+    /// What ends the connection, where that could be had.
+    pub abort: Option<AbortHandle>,
+    /// Of the mount's anonymous device.
+    pub device_minor: u32,
+}
+
+impl MountHandles {
+    fn descriptors(&self) -> Descriptors<'_> {
+        Descriptors {
+            device: self.device.as_fd(),
+            ledger: self.ledger.as_fd(),
+            abort: self.abort.as_ref().map(AsFd::as_fd),
+            device_minor: self.device_minor,
+        }
+    }
+}
+
+/// Lists inodes where kmsd can read them.
+pub struct SharedLedger(pub Arc<Ledger>);
+
+impl InodeLedger for SharedLedger {
+    fn add(&self, ino: Ino) -> u32 {
+        self.0.add(ino.0)
+    }
+
+    fn remove(&self, place: u32) {
+        self.0.remove(place);
+    }
 }
 
 /// Connects to the kmsd at `socket`.
@@ -30,21 +78,76 @@ pub fn connect(socket: &Path) -> Result<Client, KeyError> {
 }
 
 impl SessionKeys {
-    /// Opens a session for the volume whose keys `cmk`, an ARN, wraps.
+    /// Opens a session for the volume whose keys `cmk`, an ARN, wraps. `drain_max` is how long it may take to go dark.
     ///
     /// # Errors
     /// What kmsd said.
-    pub fn open(client: Client, volume: [u8; 16], cmk: &str) -> Result<Self, KeyError> {
+    pub fn open(client: Client, volume: [u8; 16], cmk: &str, drain_max: Duration) -> Result<Self, KeyError> {
         let session = client
-            .open_session(volume, None)
+            .open_session(volume, drain_max)
             .map_err(|error| key_error(&error))?;
         Ok(Self {
             client,
             volume,
             cmk: cmk.to_owned(),
+            drain_max,
             session: RwLock::new(Arc::new(session)),
             reopening: Mutex::new(()),
+            mount: OnceLock::new(),
         })
+    }
+
+    /// Hands over, with this session and each that follows it, what kmsd needs to revoke a mount without its help. To be
+    /// called before the mount answers its first request.
+    ///
+    /// # Errors
+    /// kmsd does not take it: it could not keep what it promises of this mount.
+    pub fn attach(&self, mount: MountHandles) -> Result<(), KeyError> {
+        let _no_session_is_opened = self.reopening.lock();
+        let mount = self.mount.get_or_init(|| mount);
+        let session = Arc::clone(&self.session.read());
+        session
+            .attach(&mount.descriptors())
+            .map_err(|error| key_error(&error))
+    }
+
+    /// Calls `ring` whenever a key's state may have changed, until the session is closed.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn watch(self: &Arc<Self>, ring: impl Fn() + Send + 'static) -> std::io::Result<Watcher> {
+        let keys = Arc::clone(self);
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("watch".to_owned())
+            .spawn(move || {
+                // Until its other end is dropped.
+                while stopped.recv_timeout(WATCH_PAUSE) == Err(RecvTimeoutError::Timeout) {
+                    let session = Arc::clone(&keys.session.read());
+                    if let Ok(mut watch) = session.watch() {
+                        // What changed since the last renewal was missed.
+                        ring();
+                        while watch.wait() {
+                            ring();
+                        }
+                    }
+                    // A session that kmsd knows no more is opened anew by the renewal.
+                    ring();
+                }
+            })?;
+        Ok(Watcher {
+            keys: Arc::clone(self),
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+
+    /// Ends the session: nothing is held any more. The mount is gone by then.
+    pub fn close(&self) {
+        if let Err(error) = self.session.read().close() {
+            // kmsd sees this process end.
+            tracing::debug!(%error, "the session was not closed");
+        }
     }
 
     /// Makes a call, in a new session if kmsd no longer knows this one.
@@ -71,13 +174,35 @@ impl SessionKeys {
         if !Arc::ptr_eq(&current, lost) {
             return Ok(current);
         }
-        let session = self
-            .client
-            .open_session(self.volume, None)
-            .map_err(|error| key_error(&error))?;
+        let open = || {
+            let session = self.client.open_session(self.volume, self.drain_max)?;
+            // Before anything is asked for in it.
+            if let Some(mount) = self.mount.get() {
+                session.attach(&mount.descriptors())?;
+            }
+            Ok(session)
+        };
+        let session = open().map_err(|error: ClientError| key_error(&error))?;
         let session = Arc::new(session);
         *self.session.write() = Arc::clone(&session);
         Ok(session)
+    }
+}
+
+/// Watches until it is dropped.
+pub struct Watcher {
+    keys: Arc<SessionKeys>,
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        self.keys.client.stop_watching();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that watches the session panicked");
+        }
     }
 }
 
@@ -106,8 +231,8 @@ impl KeyService for SessionKeys {
             .collect())
     }
 
-    fn renew(&self) -> Result<Duration, KeyError> {
-        let renewal = self.call(Session::renew)?;
+    fn renew(&self, limit: Duration) -> Result<Renewal, KeyError> {
+        let renewal = self.call(|session| session.renew(limit))?;
         let listed = renewal
             .keys
             .iter()
@@ -118,11 +243,23 @@ impl KeyService for SessionKeys {
             // A new session was given nothing yet, and is told of no key; ours may have been disabled meanwhile.
             None => self.described_state().map_err(|error| key_error(&error))?,
         };
-        match state {
-            KeyState::Enabled => Ok(renewal.lease_ttl),
-            KeyState::Disabled | KeyState::PendingDeletion => Err(KeyError::Revoked),
-            KeyState::PendingImport | KeyState::Destroyed => Err(KeyError::Erased),
-        }
+        Ok(Renewal {
+            lease: renewal.lease_ttl,
+            epoch: renewal.revocation_epoch,
+            state: match state {
+                KeyState::Enabled => Ok(()),
+                KeyState::Disabled | KeyState::PendingDeletion => Err(KeyError::Revoked),
+                KeyState::PendingImport | KeyState::Destroyed => Err(KeyError::Erased),
+            },
+        })
+    }
+
+    fn acknowledge(&self, epoch: u64) -> Result<(), KeyError> {
+        self.call(|session| session.acknowledge(epoch))
+    }
+
+    fn refuse(&self, refusing: bool) {
+        self.client.refuse(refusing);
     }
 }
 

@@ -54,6 +54,8 @@ pub(crate) struct Core {
     pub(crate) rename: Mutex<(), rank::Rename>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) observer: Mutex<Option<Arc<dyn CacheObserver>>, rank::Observer>,
+    /// Whether somebody here wants the volume dark, whatever the KMS says. Held over every change of the key's state.
+    pub(crate) is_shut_by_hand: Mutex<bool, rank::Darkening>,
     /// Whether slot files may hold what an unclean stop left.
     pub(crate) is_unswept: AtomicBool,
     /// What the seal file says.

@@ -6,7 +6,7 @@
 
 use super::error::{Error, Result};
 use super::keys::{DomainKeys, FileKey};
-use super::keyservice::{KeyContext, KeyError, KeyService};
+use super::keyservice::{KeyContext, KeyError, KeyService, Renewal};
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard, before_call_to_kms, rank};
 use super::types::{Domain, Ino};
@@ -82,6 +82,8 @@ pub(crate) struct Keyring {
     gate: RwLock<Gate, rank::Gate>,
     /// Somebody waits for the operations under way to end.
     closing: AtomicBool,
+    /// The time for what was accepted before is over.
+    is_drain_over: AtomicBool,
     files: Vec<Mutex<LruCache<Ino, Arc<FileKey>>, rank::FileKeys>>,
     calls: AtomicU64,
 }
@@ -106,6 +108,7 @@ impl Keyring {
                 keys: None,
             }),
             closing: AtomicBool::new(false),
+            is_drain_over: AtomicBool::new(false),
             files: (0..CACHE_SHARDS)
                 .map(|_| Mutex::new(LruCache::new(per_shard)))
                 .collect(),
@@ -119,6 +122,7 @@ impl Keyring {
     pub(crate) fn admit(&self, purpose: Purpose) -> Result<Admission<'_>> {
         let gate = self.gate.read();
         match (gate.state, purpose, &gate.keys) {
+            (KeyState::Draining, ..) if self.is_drain_over() => Err(Error::KeyRevoked),
             (KeyState::Live, _, Some(keys)) | (KeyState::Draining, Purpose::Drain, Some(keys)) => {
                 Ok(Admission {
                     keys: Arc::clone(keys),
@@ -146,13 +150,27 @@ impl Keyring {
 
     /// Live -> Draining. Returns once every operation begun before has ended.
     pub(crate) fn begin_draining(&self) {
-        self.close().state = KeyState::Draining;
+        let mut gate = self.close();
+        self.is_drain_over.store(false, Ordering::Release);
+        gate.state = KeyState::Draining;
     }
 
-    /// The gate, once every operation begun before has ended. Long ones are asked to break off.
+    /// From now on, until it is live again, nothing more is taken in.
+    pub(crate) fn end_draining(&self) {
+        self.is_drain_over.store(true, Ordering::Release);
+    }
+
+    /// Whether the time for what was accepted before is over.
+    pub(crate) fn is_drain_over(&self) -> bool {
+        self.is_drain_over.load(Ordering::Acquire)
+    }
+
+    /// The gate, once every operation begun before has ended. Long ones are asked to break off, and none waits for the KMS.
     fn close(&self) -> RwLockWriteGuard<'_, Gate> {
         self.closing.store(true, Ordering::Release);
+        self.service.refuse(true);
         let gate = self.gate.write();
+        self.service.refuse(false);
         self.closing.store(false, Ordering::Release);
         gate
     }
@@ -227,7 +245,7 @@ impl Keyring {
         wanted.extend(others);
         let opened = self
             .unwrap_deks(&wanted)
-            .map_err(|error| key_failure(ino, &error))?;
+            .map_err(|error| self.failure(ino, &error))?;
         let mut opened = wanted.iter().zip(opened);
         let first = opened.next().map(|(_, dek)| dek);
         for ((other, _), dek) in opened {
@@ -242,9 +260,15 @@ impl Keyring {
     }
 
     /// Renews the lease.
-    pub(crate) fn renew(&self) -> std::result::Result<Duration, KeyError> {
+    pub(crate) fn renew(&self, limit: Duration) -> std::result::Result<Renewal, KeyError> {
         before_call_to_kms();
-        self.service.renew()
+        self.service.renew(limit)
+    }
+
+    /// Says that nothing is left of what was revoked up to `epoch`.
+    pub(crate) fn acknowledge(&self, epoch: u64) -> std::result::Result<(), KeyError> {
+        before_call_to_kms();
+        self.service.acknowledge(epoch)
     }
 
     /// Whether the key of a file is in memory.
@@ -280,7 +304,7 @@ impl Keyring {
         let issued = self
             .service
             .issue(&contexts)
-            .map_err(|error| key_failure(Ino::ROOT, &error))?;
+            .map_err(|error| self.failure(Ino::ROOT, &error))?;
         if issued.len() != inodes.len() {
             return Err(key_failure(
                 Ino::ROOT,
@@ -326,6 +350,15 @@ impl Keyring {
         before_call_to_kms();
         self.calls.fetch_add(1, Ordering::Relaxed);
         self.service.open(&items)
+    }
+
+    /// What the failure of a whole call means to an operation. One that was broken off so that the gate may close was not
+    /// for want of a KMS.
+    fn failure(&self, ino: Ino, error: &KeyError) -> Error {
+        match error {
+            KeyError::Unreachable(_) if self.closing.load(Ordering::Acquire) => Error::KeyRevoked,
+            error => key_failure(ino, error),
+        }
     }
 
     fn file_key_of(&self, ino: Ino, dek: &SecretKey) -> Arc<FileKey> {

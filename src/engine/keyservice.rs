@@ -70,11 +70,32 @@ pub trait KeyService: Send + Sync {
     /// One error for the whole call, or one per item.
     fn open(&self, items: &[(KeyContext, Vec<u8>)]) -> Result<Vec<Result<SecretKey, KeyError>>, KeyError>;
 
-    /// Renews the lease and asks for the state of the CMK: `Ok` with the lease's length when keys may be used.
+    /// Renews the lease and asks for the state of the CMK, within `limit`.
     ///
     /// # Errors
-    /// The reason why keys may not be used.
-    fn renew(&self) -> Result<Duration, KeyError>;
+    /// Why there is no answer; [`KeyError::Denied`] if this mount may not even ask.
+    fn renew(&self, limit: Duration) -> Result<Renewal, KeyError>;
+
+    /// Says that nothing is left here of what was revoked up to `epoch`, in the kernel's caches neither.
+    ///
+    /// # Errors
+    /// Why it was not heard; it is said again.
+    fn acknowledge(&self, epoch: u64) -> Result<(), KeyError>;
+
+    /// While `refusing`, every call fails at once, those that wait for an answer included: they may be held by operations
+    /// that a revocation waits for.
+    fn refuse(&self, refusing: bool);
+}
+
+/// The answer to a renewal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Renewal {
+    /// How long the keys may be used without another; counted from when it was asked for.
+    pub lease: Duration,
+    /// Moves with every revocation.
+    pub epoch: u64,
+    /// Whether the CMK may be used, at that epoch or later.
+    pub state: Result<(), KeyError>,
 }
 
 /// What the engine tells its front end when a domain goes dark: the kernel's caches must go, too.
@@ -82,4 +103,13 @@ pub trait CacheObserver: Send + Sync {
     /// Drop every page, attribute and name that the kernel caches of these inodes. Called from a thread that serves
     /// no request and holds no lock; WRITEs that it provokes are still accepted.
     fn purge(&self, inodes: &[Ino]);
+}
+
+/// A list of the inodes of which the kernel may cache something, which the KMS can read when this process cannot be asked.
+pub trait InodeLedger: Send + Sync {
+    /// Adds an inode, before the kernel learns of it; the answer is for [`Self::remove`].
+    fn add(&self, ino: Ino) -> u32;
+
+    /// Takes an inode away that the kernel has forgotten.
+    fn remove(&self, place: u32);
 }

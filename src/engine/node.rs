@@ -3,14 +3,15 @@
 use super::commit::Seq;
 use super::format::chunk::{CHUNK_BLOCKS, Chunk};
 use super::format::inode::{ContentState, InodeRecord};
+use super::keyservice::InodeLedger;
 use super::runs::Runs;
 use super::sync::{Mutex, RwLock, RwLockWriteGuard, rank};
 use super::types::Ino;
 use lru::LruCache;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 const SHARDS: usize = 32;
@@ -190,8 +191,18 @@ impl<'a> Locked<'a> {
 /// so that an inode has at most one node.
 pub(crate) struct NodeTable {
     shards: Vec<Mutex<Shard, rank::NodeTable>>,
-    lookups: Vec<Mutex<HashMap<Ino, u64>, rank::Lookups>>,
+    lookups: Vec<Mutex<HashMap<Ino, Known>, rank::Lookups>>,
+    /// Where what is in `lookups` is listed, too.
+    ledger: OnceLock<Arc<dyn InodeLedger>>,
     per_shard_max: usize,
+}
+
+/// An inode that the kernel knows.
+struct Known {
+    /// References that the kernel holds.
+    count: u64,
+    /// In the ledger.
+    place: Option<u32>,
 }
 
 struct Shard {
@@ -223,6 +234,7 @@ impl NodeTable {
                 })
                 .collect(),
             lookups: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            ledger: OnceLock::new(),
             per_shard_max: NonZeroUsize::new(entries_max / SHARDS)
                 .unwrap_or(NonZeroUsize::MIN)
                 .get(),
@@ -302,10 +314,23 @@ impl NodeTable {
         }
     }
 
-    /// Counts one more reference that the kernel holds.
+    /// Has every inode that the kernel learns of from now on listed.
+    pub(crate) fn set_ledger(&self, ledger: Arc<dyn InodeLedger>) {
+        // Only the first counts: places are the ledger's own.
+        if self.ledger.set(ledger).is_err() {
+            tracing::error!("the inodes that the kernel knows are listed elsewhere already");
+        }
+    }
+
+    /// Counts one more reference that the kernel holds, or is about to.
     pub(crate) fn looked_up(&self, ino: Ino) {
         if let Some(shard) = Self::shard(&self.lookups, ino) {
-            *shard.lock().entry(ino).or_insert(0) += 1;
+            let mut shard = shard.lock();
+            let known = shard.entry(ino).or_insert_with(|| Known {
+                count: 0,
+                place: self.ledger.get().map(|ledger| ledger.add(ino)),
+            });
+            known.count += 1;
         }
     }
 
@@ -315,15 +340,23 @@ impl NodeTable {
             return false;
         };
         let mut shard = shard.lock();
-        let Some(held) = shard.get_mut(&ino) else {
+        let Some(known) = shard.get_mut(&ino) else {
             return false;
         };
-        *held = held.saturating_sub(count);
-        if *held > 0 {
+        known.count = known.count.saturating_sub(count);
+        if known.count > 0 {
             return false;
         }
-        shard.remove(&ino);
+        if let Some(known) = shard.remove(&ino) {
+            self.unlist(&known);
+        }
         true
+    }
+
+    fn unlist(&self, known: &Known) {
+        if let (Some(ledger), Some(place)) = (self.ledger.get(), known.place) {
+            ledger.remove(place);
+        }
     }
 
     pub(crate) fn is_known(&self, ino: Ino) -> bool {
@@ -333,7 +366,9 @@ impl NodeTable {
     /// Takes back every reference.
     pub(crate) fn forget_all(&self) {
         for shard in &self.lookups {
-            shard.lock().clear();
+            for (_, known) in shard.lock().drain() {
+                self.unlist(&known);
+            }
         }
     }
 

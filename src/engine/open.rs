@@ -25,7 +25,7 @@ use super::store::{Mode, Store};
 use super::sweep::{self, Sweep};
 use super::sync::Mutex;
 use super::types::{Domain, FileKind, Ino, NewNode};
-use super::upkeep::{self, Lease, Threads};
+use super::upkeep::{self, Lease, RENEWAL_MAX, Threads};
 use super::volume::{Options, Volume};
 use rustix::fs::FlockOperation;
 use std::fs::{File, OpenOptions};
@@ -213,9 +213,12 @@ pub(crate) fn open_core(
         superblock.wrapped_vk().to_vec(),
         options.dek_cache_entries_max,
     )?;
+    let asked = clock.monotonic();
+    let renewal = keyring.renew(RENEWAL_MAX)?;
+    renewal.state?;
     let lease = Lease {
-        asked: clock.monotonic(),
-        length: keyring.renew()?,
+        asked,
+        length: renewal.lease,
     };
     let meta = dir.join(META);
     let limits = Limits::of(dir)?;
@@ -265,6 +268,7 @@ pub(crate) fn open_core(
         rename: Mutex::new(()),
         clock,
         observer: Mutex::new(None),
+        is_shut_by_hand: Mutex::new(false),
         is_unswept: AtomicBool::new(sweep.is_some()),
         sealed: Mutex::new(sealed),
         upkeep_bell: Bell::default(),

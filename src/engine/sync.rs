@@ -37,6 +37,8 @@ macro_rules! ranks {
 }
 
 ranks! {
+    /// One change of the key's state at a time. Only those who change it take it, over the whole change.
+    Darkening,
     /// The keyring's gate. Every operation holds it throughout, for reading and once: a second time would wait behind a
     /// revocation that waits for the first.
     Gate,
@@ -410,10 +412,10 @@ pub(crate) fn before_call_to_kms() {
     order::at_most(Some(Rank::NurseryRefill), "a call to the KMS");
 }
 
-/// Checks that no lock is held: to drop its caches the kernel may wait for what another thread answers.
+/// Checks that no lock is held that an operation takes: to drop its caches the kernel may wait for what another thread answers.
 #[track_caller]
 pub(crate) fn before_purge() {
-    order::at_most(None, "a purge of the kernel's caches");
+    order::at_most(Some(Rank::Darkening), "a purge of the kernel's caches");
 }
 
 /// Fails if a lock was ever taken out of order: a background thread that panics for it stops no test.

@@ -6,6 +6,7 @@ use super::bell::Wake;
 use super::core::{Access, Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
+use super::keyservice::{KeyError, Renewal};
 use super::open::Opened;
 use super::seal;
 use super::space::Room;
@@ -14,12 +15,17 @@ use super::types::Ino;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How often the upkeep thread looks for idle files and orphans, unless it publishes more often than that.
 const TICK_MAX: Duration = Duration::from_secs(1);
+
+/// A renewal may take so long, and no longer than the lease.
+pub(crate) const RENEWAL_MAX: Duration = Duration::from_secs(5);
+/// And so long in any case, so that an answer is heard once the KMS is back.
+const RENEWAL_MIN: Duration = Duration::from_millis(500);
 
 /// How long the compacting thread waits if nothing rings.
 const COMPACT_MAX: Duration = Duration::from_secs(60);
@@ -32,6 +38,23 @@ const COMPACT_SHARE: u32 = 4;
 pub(crate) struct Lease {
     pub(crate) asked: Instant,
     pub(crate) length: Duration,
+}
+
+impl Lease {
+    /// How much of it is left.
+    fn left(&self, now: Instant) -> Duration {
+        self.length
+            .saturating_sub(now.saturating_duration_since(self.asked))
+    }
+}
+
+/// What the thread that watches the CMK remembers.
+struct KeyWatch {
+    lease: Lease,
+    /// Content was stored since the last renewal, because there may not be another.
+    is_flushed: bool,
+    /// The revocation epoch up to which the KMS was told that all is gone.
+    acknowledged: u64,
 }
 
 /// Which threads are started.
@@ -136,14 +159,19 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
 }
 
 /// The thread that nothing may end but the volume's own end: a panic in it must not leave the volume readable for ever.
-fn watch_key(core: &Core, mut lease: Lease) {
+fn watch_key(core: &Core, lease: Lease) {
+    let mut watch = KeyWatch {
+        lease,
+        is_flushed: false,
+        acknowledged: 0,
+    };
     while core.key_bell.wait(core.options.key_poll_interval) == Wake::Work {
-        let poll = AssertUnwindSafe(|| core.poll_key(&mut lease));
+        let poll = AssertUnwindSafe(|| core.poll_key(&mut watch));
         if catch_unwind(poll).is_err() {
             tracing::error!(
                 "asking for the state of the key panicked; the volume goes dark until that is known"
             );
-            core.shut();
+            core.shut_after_panic();
         }
     }
 }
@@ -206,7 +234,8 @@ impl Core {
         Ok(())
     }
 
-    /// Publishes every file, makes the log durable, and notes how far it reached.
+    /// Publishes every file, makes the log durable, and notes how far it reached. While going dark, for as long as there is
+    /// time.
     pub(crate) fn publish_all(&self) -> Result<()> {
         let outcome = self.for_active(|access, node| access.publish(node));
         self.committer.sync_to(self.committer.committed())?;
@@ -238,25 +267,69 @@ impl Core {
         outcome
     }
 
-    fn poll_key(&self, lease: &mut Lease) {
+    /// Asks for the state of the CMK, and brings the volume into the state that follows.
+    fn poll_key(&self, watch: &mut KeyWatch) {
         let asked = self.clock.monotonic();
-        let state = match self.keyring.renew() {
-            Ok(length) => {
-                *lease = Lease { asked, length };
-                if self.keyring.state() != KeyState::Live {
-                    self.relight();
+        let answer = self
+            .keyring
+            .renew(watch.lease.left(asked).clamp(RENEWAL_MIN, RENEWAL_MAX));
+        match answer {
+            Ok(Renewal {
+                lease, state: Ok(()), ..
+            }) => {
+                watch.lease = Lease { asked, length: lease };
+                watch.is_flushed = false;
+                self.relight();
+            }
+            Ok(Renewal {
+                epoch,
+                state: Err(error),
+                ..
+            }) => {
+                // An answer that says no, for whatever reason, is no leave to go on.
+                self.darken(state_after(&error).unwrap_or(KeyState::Revoked));
+                if watch.acknowledged < epoch {
+                    match self.keyring.acknowledge(epoch) {
+                        Ok(()) => watch.acknowledged = epoch,
+                        Err(error) => tracing::warn!(%error, "the KMS was not told that the volume is dark"),
+                    }
                 }
-                return;
             }
             Err(error) => match state_after(&error) {
-                Some(state) => state,
-                None if self.clock.monotonic().saturating_duration_since(lease.asked) < lease.length => {
-                    tracing::warn!(%error, "the lease was not renewed");
-                    return;
-                }
-                None => KeyState::Unreachable,
+                Some(state) => self.darken(state),
+                None => self.bear_outage(watch, &error),
             },
-        };
+        }
+    }
+
+    /// The KMS does not answer: the keys may be used until the lease ends. What was written is stored while there is
+    /// time, and is all stored before it ends.
+    fn bear_outage(&self, watch: &mut KeyWatch, error: &KeyError) {
+        let left = watch.lease.left(self.clock.monotonic());
+        if left <= self.options.drain_max.min(watch.lease.length / 4) {
+            self.darken(KeyState::Unreachable);
+            return;
+        }
+        tracing::warn!(%error, left_ms = left.as_millis(), "the lease was not renewed");
+        if left <= watch.lease.length / 2
+            && !watch.is_flushed
+            && self.keyring.state() == KeyState::Live
+            && !self.options.read_only
+        {
+            watch.is_flushed = true;
+            if let Err(error) = self.publish_all() {
+                log_failure("storing content before the lease ends", &error);
+            }
+        }
+    }
+
+    /// -> dark, from whatever state.
+    fn darken(&self, state: KeyState) {
+        let _one_at_a_time = self.is_shut_by_hand.lock();
+        self.darken_alone(state);
+    }
+
+    fn darken_alone(&self, state: KeyState) {
         match self.keyring.state() {
             KeyState::Live | KeyState::Draining => self.revoke(state),
             dark if dark != state => self.keyring.restate(state),
@@ -264,7 +337,25 @@ impl Core {
         }
     }
 
+    /// Goes dark because somebody here wants it, without asking the KMS, and stays so until that is taken back. Returns when
+    /// it is dark, or when it is live again as far as the KMS permits.
+    pub(crate) fn shut_by_hand(&self, shut: bool) {
+        let mut is_shut = self.is_shut_by_hand.lock();
+        *is_shut = shut;
+        if shut {
+            self.darken_alone(KeyState::Revoked);
+        } else {
+            drop(is_shut);
+            self.key_bell.ring();
+        }
+    }
+
+    /// Dark -> live.
     fn relight(&self) {
+        let is_shut_by_hand = self.is_shut_by_hand.lock();
+        if *is_shut_by_hand || self.keyring.state() == KeyState::Live {
+            return;
+        }
         match self.keyring.relight() {
             Ok(()) => tracing::info!("the key may be used again"),
             Err(error) => tracing::warn!(%error, "the volume key could not be opened"),
@@ -274,37 +365,61 @@ impl Core {
     /// Live -> dark, in the order that docs/ARCHITECTURE.md gives.
     fn revoke(&self, state: KeyState) {
         tracing::warn!(?state, "the key may not be used any more; the volume goes dark");
+        let began = self.clock.monotonic();
         self.keyring.begin_draining();
-        self.purge();
-        if !self.options.read_only
-            && let Err(error) = self.publish_all()
-        {
-            tracing::debug!(%error, "content is to be stored once more before the keys go");
-        }
-        self.keyring.go_dark(state, |admission| {
+        std::thread::scope(|scope| {
+            let (done, is_done) = std::sync::mpsc::channel::<()>();
+            scope.spawn(move || {
+                // The purge waits for write-backs: once they are refused, it ends.
+                if is_done.recv_timeout(self.options.drain_max) == Err(RecvTimeoutError::Timeout) {
+                    self.keyring.end_draining();
+                }
+            });
+            self.purge();
             if !self.options.read_only
-                && let Err(error) = self.with_keys(admission).publish_rest()
+                && let Err(error) = self.publish_all()
             {
+                tracing::debug!(%error, "content is to be stored once more before the keys go");
+            }
+            drop(done);
+        });
+        self.keyring.go_dark(state, |admission| {
+            if self.options.read_only {
+                return;
+            }
+            if self.keyring.is_drain_over() {
+                tracing::error!("the time to store what was written is over");
+                self.lose_pending();
+            } else if let Err(error) = self.with_keys(admission).publish_rest() {
                 tracing::error!(%error, "content written before the revocation is lost");
             }
         });
         self.forget_secrets();
+        let took = self.clock.monotonic().saturating_duration_since(began);
+        tracing::info!(took_ms = took.as_millis(), "the volume is dark");
     }
 
     /// -> dark without an attempt to store anything more.
-    fn shut(&self) {
+    fn shut_after_panic(&self) {
+        let _one_at_a_time = self.is_shut_by_hand.lock();
         self.keyring.go_dark(KeyState::Unreachable, |_| ());
         // What a commit freed may be written again by the nodes that come after these: not before it is durable.
         if let Err(error) = self.committer.sync_to(self.committer.committed()) {
             tracing::error!(%error, "content written before is lost");
         }
+        self.lose_pending();
+        self.forget_secrets();
+    }
+
+    /// What is not stored goes with the nodes: no later fsync of those files may claim otherwise (rule R6).
+    fn lose_pending(&self) {
         for node in self.active.nodes() {
             let state = node.state.read();
             if state.file.dirty || !state.file.pending.is_empty() {
+                tracing::error!(inode = node.ino.0, chunks = ?state.file.pending.keys().collect::<Vec<_>>(), "content is lost");
                 self.poisoned.lock().insert(node.ino);
             }
         }
-        self.forget_secrets();
     }
 
     /// Drops what was decrypted, here and in the kernel, once the gate is shut.

@@ -3,7 +3,7 @@
 use super::core::{Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::KeyState;
-use super::keyservice::CacheObserver;
+use super::keyservice::{CacheObserver, InodeLedger};
 use super::sweep;
 use super::sync::{Mutex, assert_unbroken, rank};
 use super::types::{
@@ -26,6 +26,8 @@ pub struct Options {
     pub publish_interval: Duration,
     /// How often the state of the CMK is asked for.
     pub key_poll_interval: Duration,
+    /// How long it may take to store what was written before the volume goes dark; the rest is dropped.
+    pub drain_max: Duration,
     /// Memory for RocksDB's block cache and memtables together, in bytes.
     pub block_cache_bytes: usize,
     /// File keys kept in memory.
@@ -42,6 +44,7 @@ impl Default for Options {
             read_only: false,
             publish_interval: Duration::from_secs(5),
             key_poll_interval: Duration::from_secs(1),
+            drain_max: Duration::from_secs(5),
             block_cache_bytes: 128 << 20,
             dek_cache_entries_max: 32_768,
             node_cache_entries_max: 65_536,
@@ -97,6 +100,22 @@ impl Volume {
     /// Has nobody told any more.
     pub fn clear_observer(&self) {
         *self.core.observer.lock() = None;
+    }
+
+    /// Has every inode listed that the kernel learns of from now on: to be called before it learns of any.
+    pub fn set_ledger(&self, ledger: Arc<dyn InodeLedger>) {
+        self.core.nodes.set_ledger(ledger);
+    }
+
+    /// Has the state of the CMK asked for at once.
+    pub fn ask_for_key_state(&self) {
+        self.core.key_bell.ring();
+    }
+
+    /// Goes dark at once, as if the CMK were disabled, without asking the KMS, and stays so until that is taken back, by
+    /// `false`. Returns when it is dark.
+    pub fn revoke_by_hand(&self, dark: bool) {
+        self.core.shut_by_hand(dark);
     }
 
     /// Publishes, drains and syncs everything, and ends the volume: only [`Self::status`] means anything afterwards.
@@ -389,9 +408,14 @@ impl Volume {
     /// later is refused.
     ///
     /// # Errors
-    /// Those of [`Self::write`]; what was taken in before stays.
+    /// Those of [`Self::write`]; what was taken in before stays. The file counts as damaged from then on if it is the key
+    /// that is lacking.
     pub fn write_back(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<()> {
-        let access = self.core.drain()?;
+        let access = self.core.drain().inspect_err(|error| {
+            // The kernel has no other copy, and no later fsync may claim that there is one (rule R6).
+            tracing::error!(inode = ino.0, offset, length = data.len(), %error, "content is lost");
+            self.core.poisoned.lock().insert(ino);
+        })?;
         let stamp = access.is_draining().then(|| access.now());
         let written = access.write(&access.regular(ino)?, offset, data, stamp)?;
         written.stopped.map_or(Ok(()), Err)

@@ -2,12 +2,12 @@
 
 use cmkfs::engine::{
     CheckOptions, Clock, Cookie, CreateParams, Error, Fault, FileKind, Ino, IssuedKey, KeyContext, KeyError,
-    KeyService, NewNode, OpenError, Options, Report, Taken, Timestamp, Volume,
+    KeyService, NewNode, OpenError, Options, Renewal, Report, Taken, Timestamp, Volume,
 };
 use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -31,6 +31,9 @@ pub struct FakeKms {
     issues: AtomicU64,
     opens: AtomicU64,
     renewals: AtomicU64,
+    epoch: AtomicU64,
+    acknowledged: AtomicU64,
+    is_refusing: AtomicBool,
 }
 
 impl FakeKms {
@@ -49,11 +52,21 @@ impl FakeKms {
             issues: AtomicU64::new(0),
             opens: AtomicU64::new(0),
             renewals: AtomicU64::new(0),
+            epoch: AtomicU64::new(0),
+            acknowledged: AtomicU64::new(0),
+            is_refusing: AtomicBool::new(false),
         }
     }
 
-    pub fn set(&self, answer: Answer) {
+    /// What it answers from now on; each is a revocation epoch of its own. That epoch.
+    pub fn set(&self, answer: Answer) -> u64 {
         *self.answer.lock().unwrap() = answer;
+        self.epoch.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// Up to which epoch it was told that all is gone.
+    pub fn acknowledged(&self) -> u64 {
+        self.acknowledged.load(Ordering::SeqCst)
     }
 
     /// Calls that issued or opened keys.
@@ -67,6 +80,9 @@ impl FakeKms {
     }
 
     fn check(&self) -> Result<(), KeyError> {
+        if self.is_refusing.load(Ordering::SeqCst) {
+            return Err(KeyError::Unreachable("it was told to refuse".to_owned()));
+        }
         let answer = *self.answer.lock().unwrap();
         match answer {
             Answer::Enabled => Ok(()),
@@ -131,9 +147,27 @@ impl KeyService for FakeKms {
             .collect())
     }
 
-    fn renew(&self) -> Result<Duration, KeyError> {
+    fn renew(&self, _: Duration) -> Result<Renewal, KeyError> {
         self.renewals.fetch_add(1, Ordering::SeqCst);
-        self.check().map(|()| Self::LEASE)
+        let epoch = self.epoch.load(Ordering::SeqCst);
+        let state = match self.check() {
+            Err(error @ KeyError::Unreachable(_)) => return Err(error),
+            state => state,
+        };
+        Ok(Renewal {
+            lease: Self::LEASE,
+            epoch,
+            state,
+        })
+    }
+
+    fn acknowledge(&self, epoch: u64) -> Result<(), KeyError> {
+        self.acknowledged.fetch_max(epoch, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn refuse(&self, refusing: bool) {
+        self.is_refusing.store(refusing, Ordering::SeqCst);
     }
 }
 

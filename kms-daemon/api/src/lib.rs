@@ -5,7 +5,9 @@
 
 mod code;
 mod context;
+pub mod ledger;
 pub mod session;
+pub mod side;
 mod socket;
 
 pub use code::{Code, KmsError};

@@ -4,13 +4,14 @@ use hyper_util::rt::TokioIo;
 use kms_api::KmsError;
 use std::error::Error;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Response, Status};
+use tonic::{Response, Status, Streaming};
 
 /// Why a call has no answer, or has an error as its answer.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +46,11 @@ pub(crate) struct Connection {
     runtime: Option<Runtime>,
     channel: Channel,
     timeout: Duration,
+    socket: PathBuf,
+    /// While true, calls fail.
+    refusing: watch::Sender<bool>,
+    /// From when it is true on, nothing is waited for.
+    stopped: watch::Sender<bool>,
 }
 
 impl Connection {
@@ -71,6 +77,41 @@ impl Connection {
             runtime: Some(runtime),
             channel,
             timeout,
+            socket: socket.to_owned(),
+            refusing: watch::Sender::new(false),
+            stopped: watch::Sender::new(false),
+        })
+    }
+
+    /// Where kmsd listens.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The longest that a call takes.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// While `refusing`, calls fail, those under way included.
+    pub(crate) fn refuse(&self, refusing: bool) {
+        self.refusing.send_replace(refusing);
+    }
+
+    /// Ends every wait for a stream, for good.
+    pub(crate) fn stop(&self) {
+        self.stopped.send_replace(true);
+    }
+
+    /// Waits, however long, for what a stream yields.
+    pub(crate) fn next_of<T>(&self, stream: &mut Streaming<T>) -> Result<Option<T>, ClientError> {
+        let runtime = self.runtime.as_ref().ok_or_else(closing)?;
+        let mut stopped = self.stopped.subscribe();
+        runtime.block_on(async {
+            tokio::select! {
+                next = stream.message() => next.map_err(|status| classify(&status).into()),
+                _ = stopped.wait_for(|&stopped| stopped) => Err(closing()),
+            }
         })
     }
 
@@ -90,7 +131,20 @@ impl Connection {
         T: Send + 'static,
         Fut: Future<Output = Result<Response<T>, Status>> + Send + 'static,
     {
-        let deadline = Instant::now() + self.timeout;
+        self.call_repeatably_within(self.timeout, operation)
+    }
+
+    /// The same with a shorter time limit.
+    pub(crate) fn call_repeatably_within<T, Fut>(
+        &self,
+        limit: Duration,
+        operation: impl Fn(Channel) -> Fut,
+    ) -> Result<T, ClientError>
+    where
+        T: Send + 'static,
+        Fut: Future<Output = Result<Response<T>, Status>> + Send + 'static,
+    {
+        let deadline = Instant::now() + self.timeout.min(limit);
         match self.call_until(deadline, &operation) {
             Err(CallFailure::Lost(_)) => Ok(self.call_until(deadline, &operation)?),
             other => Ok(other?),
@@ -106,23 +160,27 @@ impl Connection {
         T: Send + 'static,
         Fut: Future<Output = Result<Response<T>, Status>> + Send + 'static,
     {
-        let gone = || CallFailure::Final(ClientError::Unreachable("the client is closing".to_owned()));
+        let gone = || CallFailure::Final(closing());
         let runtime = self.runtime.as_ref().ok_or_else(gone)?;
+        let mut refusing = self.refusing.subscribe();
         let (sender, receiver) = mpsc::sync_channel(1);
         let call = operation(self.channel.clone());
         // Spawned and waited for through a plain channel, so that a caller inside another runtime is served too.
         runtime.spawn(async move {
-            let answer = tokio::time::timeout_at(deadline.into(), call).await;
+            let answer = tokio::select! {
+                answer = tokio::time::timeout_at(deadline.into(), call) => Some(answer),
+                _ = refusing.wait_for(|&refusing| refusing) => None,
+            };
             // The receiver waits until this arrives.
             let _ = sender.send(answer);
         });
         match receiver.recv().map_err(|_| gone())? {
-            Ok(Ok(answer)) => Ok(answer.into_inner()),
-            Ok(Err(status)) => Err(classify(&status)),
-            Err(_) => Err(CallFailure::Final(ClientError::Unreachable(format!(
-                "no answer within {} ms",
-                self.timeout.as_millis()
-            )))),
+            Some(Ok(Ok(answer))) => Ok(answer.into_inner()),
+            Some(Ok(Err(status))) => Err(classify(&status)),
+            None => Err(CallFailure::Final(refused())),
+            Some(Err(_)) => Err(CallFailure::Final(ClientError::Unreachable(
+                "no answer in time".to_owned(),
+            ))),
         }
     }
 }
@@ -134,6 +192,14 @@ impl Drop for Connection {
             runtime.shutdown_background();
         }
     }
+}
+
+fn closing() -> ClientError {
+    ClientError::Unreachable("the client is closing".to_owned())
+}
+
+fn refused() -> ClientError {
+    ClientError::Unreachable("the call was broken off".to_owned())
 }
 
 fn classify(status: &Status) -> CallFailure {

@@ -5,11 +5,14 @@
 //! a call then answers [`Code::SessionNotFound`], and the caller opens another.
 
 mod connection;
+mod ledger;
 mod session;
+mod side;
 
 pub use connection::ClientError;
 pub use kms_api::{Code, EncryptionContext, KmsError, socket_path};
-pub use session::{IssuedKey, KeyState, KeyStatus, Renewal, Session};
+pub use ledger::Ledger;
+pub use session::{Descriptors, IssuedKey, KeyState, KeyStatus, Renewal, Session, Watch};
 
 use connection::Connection;
 use kms_api::proto::{self, kms_client::KmsClient};
@@ -52,12 +55,23 @@ impl Client {
             .ok_or_else(|| ClientError::Protocol("DescribeKey answered no metadata".to_owned()))
     }
 
-    /// Opens a session for the mount of `volume`; `device_minor` is that of the mount, once there is one.
+    /// Opens a session for `volume`. `drain_max` is how long its mount may take to go dark when a key is revoked, before
+    /// kmsd ends it; at most 30 s.
     ///
     /// # Errors
     /// `Rejected.LimitExceeded` past the bound of sessions for one user, as [`ClientError::Kms`].
-    pub fn open_session(&self, volume: [u8; 16], device_minor: Option<u32>) -> Result<Session, ClientError> {
-        Session::open(Arc::clone(&self.connection), volume, device_minor)
+    pub fn open_session(&self, volume: [u8; 16], drain_max: Duration) -> Result<Session, ClientError> {
+        Session::open(Arc::clone(&self.connection), volume, drain_max)
+    }
+
+    /// While `refusing`, every call fails at once, as [`ClientError::Unreachable`], those that wait for an answer included.
+    pub fn refuse(&self, refusing: bool) {
+        self.connection.refuse(refusing);
+    }
+
+    /// Has every [`Watch`] end, now and later.
+    pub fn stop_watching(&self) {
+        self.connection.stop();
     }
 
     /// Any operation of the `Kms` service, once: a call that changes something is never repeated by itself.

@@ -3,10 +3,13 @@
 use crate::connection::{ClientError, Connection};
 use kms_api::proto::{self, filesystem_keys_client::FilesystemKeysClient};
 use kms_api::session::{Binding, KeyPair, Operation, REQUEST_RANDOM_LEN, Role, SessionError, SessionKey};
+use kms_api::side::{Attach, side_channel_path};
 use kms_api::{BATCH_ITEMS_MAX, EncryptionContext, KmsError};
 use kms_crypto::SecretKey;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
+use tonic::Streaming;
 
 /// Changes with every boot: a session of another boot holds nothing.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -74,18 +77,19 @@ impl Session {
     pub(crate) fn open(
         connection: Arc<Connection>,
         volume: [u8; 16],
-        device_minor: Option<u32>,
+        drain_max: Duration,
     ) -> Result<Self, ClientError> {
         let boot_id = std::fs::read_to_string(BOOT_ID)
             .map_err(|error| ClientError::Protocol(format!("{BOOT_ID}: {error}")))?;
         let pair = KeyPair::generate().map_err(untrusted)?;
         let public = pair.public();
+        let drain_max_ms = u32::try_from(drain_max.as_millis()).unwrap_or(u32::MAX);
         let answer = connection.call_repeatably(|channel| {
             let request = proto::OpenSessionRequest {
                 client_public_key: public.to_vec(),
                 volume: volume.to_vec(),
                 boot_id: boot_id.trim().to_owned(),
-                device_minor,
+                drain_max_ms: Some(drain_max_ms),
             };
             async move { FilesystemKeysClient::new(channel).open_session(request).await }
         })?;
@@ -128,12 +132,12 @@ impl Session {
         Ok(opened)
     }
 
-    /// Extends the lease, and learns the state of every key that this session uses.
+    /// Extends the lease, and learns the state of every key that this session uses, within `limit` and the client's own.
     ///
     /// # Errors
     /// `Rejected.SessionNotFound`, as [`ClientError::Kms`].
-    pub fn renew(&self) -> Result<Renewal, ClientError> {
-        let answer = self.connection.call_repeatably(|channel| {
+    pub fn renew(&self, limit: Duration) -> Result<Renewal, ClientError> {
+        let answer = self.connection.call_repeatably_within(limit, |channel| {
             let request = proto::RenewSessionRequest {
                 session_id: self.key.id().to_vec(),
             };
@@ -152,11 +156,67 @@ impl Session {
         })
     }
 
+    /// Hands kmsd what it needs to drop what the kernel caches of this session's mount, should the mount not do it. To be
+    /// done before the mount answers its first request.
+    ///
+    /// # Errors
+    /// [`ClientError::Protocol`] if kmsd refuses them.
+    pub fn attach(&self, descriptors: &Descriptors<'_>) -> Result<(), ClientError> {
+        let all = [
+            Some(descriptors.device),
+            Some(descriptors.ledger),
+            descriptors.abort,
+        ];
+        let all: Vec<_> = all.into_iter().flatten().collect();
+        let attach = Attach {
+            session: self.key.id(),
+            device_minor: descriptors.device_minor,
+        };
+        let path = side_channel_path(self.connection.socket());
+        crate::side::attach(&path, &attach, &all, self.connection.timeout())
+    }
+
+    /// Watches for revocations of keys that this session uses.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, as [`ClientError::Kms`].
+    pub fn watch(&self) -> Result<Watch, ClientError> {
+        let stream = self.connection.call(|channel| {
+            let request = proto::WatchSessionRequest {
+                session_id: self.key.id().to_vec(),
+            };
+            async move { FilesystemKeysClient::new(channel).watch_session(request).await }
+        })?;
+        Ok(Watch {
+            connection: Arc::clone(&self.connection),
+            stream,
+        })
+    }
+
+    /// Says that nothing is left here of what was revoked up to `epoch`, in the kernel's caches neither.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, as [`ClientError::Kms`].
+    pub fn acknowledge(&self, epoch: u64) -> Result<(), ClientError> {
+        self.connection.call_repeatably(|channel| {
+            let request = proto::AcknowledgeRevocationRequest {
+                session_id: self.key.id().to_vec(),
+                revocation_epoch: epoch,
+            };
+            async move {
+                FilesystemKeysClient::new(channel)
+                    .acknowledge_revocation(request)
+                    .await
+            }
+        })?;
+        Ok(())
+    }
+
     /// Ends the session.
     ///
     /// # Errors
     /// `Rejected.SessionNotFound`, as [`ClientError::Kms`], if it had ended before.
-    pub fn close(self) -> Result<(), ClientError> {
+    pub fn close(&self) -> Result<(), ClientError> {
         let request = proto::CloseSessionRequest {
             session_id: self.key.id().to_vec(),
         };
@@ -249,6 +309,31 @@ impl Session {
                     .ok_or_else(|| ClientError::Protocol(format!("unknown error code {:?}", error.code))),
             })
             .collect()
+    }
+}
+
+/// What a mount hands over. kmsd keeps its own descriptors of the same things.
+pub struct Descriptors<'a> {
+    /// A clone of the mount's FUSE device.
+    pub device: BorrowedFd<'a>,
+    /// The memfd of its [`crate::Ledger`].
+    pub ledger: BorrowedFd<'a>,
+    /// fusectl's `abort` file of its connection, where it could be opened.
+    pub abort: Option<BorrowedFd<'a>>,
+    /// The minor number of its anonymous device.
+    pub device_minor: u32,
+}
+
+/// Tells of changes of state of the keys that a session uses, as they happen.
+pub struct Watch {
+    connection: Arc<Connection>,
+    stream: Streaming<proto::KeyStateEvent>,
+}
+
+impl Watch {
+    /// Waits, however long, for the next change. False if some may have been missed: [`Session::renew`] tells the state.
+    pub fn wait(&mut self) -> bool {
+        matches!(self.connection.next_of(&mut self.stream), Ok(Some(_)))
     }
 }
 

@@ -70,6 +70,8 @@ pub struct Trail {
     pub(super) held: BTreeMap<Uuid, KeyGuard>,
     /// The record is durable already, in the batch of a change of state.
     pub(super) recorded: bool,
+    /// The revocation epoch of the change of state that the call made.
+    pub(super) epoch: Option<u64>,
 }
 
 impl Trail {

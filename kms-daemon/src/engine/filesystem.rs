@@ -2,8 +2,12 @@
 
 use super::call::{Call, Trail};
 use super::cryptography::{Action, Outcome, Release, Request, undecipherable};
-use super::sessions::{LEASE_TTL_MS, OpenedSession, Owner, Session};
+use super::holders::boot_id;
+use super::sessions::{
+    DRAIN_DEFAULT_MS, DRAIN_MAX_MS, Exit, Facts, LEASE_TTL_MS, OpenedSession, Owner, Session,
+};
 use super::{Engine, KeyEvent, fresh_uuid, internal};
+use crate::fence::Process;
 use kms_api::proto::KeyState;
 use kms_api::session::{Binding, KeyPair, Operation, PUBLIC_KEY_LEN, REQUEST_RANDOM_LEN, Role, SessionError};
 use kms_api::{Code, KmsError};
@@ -12,7 +16,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use uuid::Uuid;
 
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// What OpenSession is asked for.
+pub(crate) struct Asked<'a> {
+    /// X25519.
+    pub(crate) client_public: &'a [u8],
+    /// UUID.
+    pub(crate) volume: &'a [u8],
+    /// The caller's boot.
+    pub(crate) boot_id: &'a str,
+    /// How long the caller may take to go dark.
+    pub(crate) drain_max_ms: Option<u32>,
+}
 
 /// One AEAD of keys, under a session's key.
 pub(crate) struct SealedKeys {
@@ -37,29 +51,34 @@ impl Watched {
 }
 
 impl Engine {
-    /// Agrees on a session key with the caller's process.
+    /// Agrees on a session key with the caller's process, and says how to tell when that ends.
     ///
     /// # Errors
     /// `InvalidParameter`, `Rejected.LimitExceeded`.
     pub(crate) fn open_session(
         &self,
         call: &Call,
-        client_public: &[u8],
-        volume: &[u8],
-        boot_id: &str,
-    ) -> Result<OpenedSession, KmsError> {
+        process: Arc<Process>,
+        asked: &Asked<'_>,
+    ) -> Result<(OpenedSession, Exit), KmsError> {
         let wrong = |what| KmsError::invalid(what, "has a wrong length");
-        let client_public: [u8; PUBLIC_KEY_LEN] =
-            client_public.try_into().map_err(|_| wrong("ClientPublicKey"))?;
-        Uuid::from_slice(volume).map_err(|_| wrong("Volume"))?;
-        let this_boot = std::fs::read_to_string(BOOT_ID).map_err(|_| internal())?;
-        if boot_id != this_boot.trim() {
+        let client_public: [u8; PUBLIC_KEY_LEN] = asked
+            .client_public
+            .try_into()
+            .map_err(|_| wrong("ClientPublicKey"))?;
+        let volume = Uuid::from_slice(asked.volume).map_err(|_| wrong("Volume"))?;
+        if asked.boot_id != boot_id()? {
             return Err(KmsError::invalid(
                 "BootId",
                 "is not that of this boot of this host",
             ));
         }
-        let owner = owner(call)?;
+        let facts = Facts {
+            owner: owner(call)?,
+            started_ticks: process.started_ticks,
+            volume,
+            drain_max_ms: asked.drain_max_ms.unwrap_or(DRAIN_DEFAULT_MS).min(DRAIN_MAX_MS),
+        };
         let id = fresh_uuid()?.into_bytes();
         let pair = KeyPair::generate().map_err(|_| internal())?;
         let server_public = pair.public();
@@ -67,12 +86,16 @@ impl Engine {
             .agree(Role::Server, id, client_public)
             .map_err(|_| KmsError::invalid("ClientPublicKey", "gives no secret"))?;
         let boot_ms = self.clock.boot_ms();
-        self.sessions.insert(Session::new(key, owner, boot_ms), boot_ms)?;
-        Ok(OpenedSession {
+        let session = Session::new(key, facts, process, boot_ms);
+        let session = self.sessions.insert(session, boot_ms)?;
+        // What is mounted is taken over with the mount's descriptors.
+        self.take_over(&session, |mount| mount.minor.is_none())?;
+        let opened = OpenedSession {
             id,
             server_public,
             lease_ttl_ms: LEASE_TTL_MS,
-        })
+        };
+        Ok((opened, session.exit()))
     }
 
     /// Makes a 32-byte data key for each context, all or none: the wrapped keys, and the keys sealed to the session.
@@ -98,7 +121,7 @@ impl Engine {
             .collect();
         let outcomes = self.perform(trail, &requests, Release::Session)?;
         let outcomes = outcomes.into_iter().collect::<Result<Vec<_>, _>>()?;
-        session.note_used(outcomes.iter().map(|outcome| outcome.key_id));
+        self.register(&session, &outcomes.iter().map(|outcome| outcome.key_id).collect())?;
         let keys = outcomes
             .iter()
             .map(|outcome| data_key(outcome).map(Some))
@@ -130,15 +153,13 @@ impl Engine {
             })
             .collect();
         let outcomes = self.perform(trail, &requests, Release::Session)?;
+        let opened = outcomes.iter().filter_map(|outcome| outcome.as_ref().ok());
+        self.register(&session, &opened.map(|outcome| outcome.key_id).collect())?;
         let mut results = Vec::with_capacity(outcomes.len());
         let mut keys = Vec::with_capacity(outcomes.len());
         for outcome in outcomes {
             // A blob whose plaintext is no 256-bit key was made for something else.
-            let opened = outcome.and_then(|outcome| {
-                let key = data_key(&outcome).map_err(|_| undecipherable())?;
-                session.note_used(std::iter::once(outcome.key_id));
-                Ok(key)
-            });
+            let opened = outcome.and_then(|outcome| data_key(&outcome).map_err(|_| undecipherable()));
             results.push(opened.as_ref().map(|_| ()).map_err(Clone::clone));
             keys.push(opened.ok());
         }
@@ -186,7 +207,7 @@ impl Engine {
         if epoch > self.revocation_epoch() {
             return Err(KmsError::invalid("RevocationEpoch", "has not come yet"));
         }
-        session.acknowledge(epoch);
+        self.sessions.acknowledge(&session, epoch);
         Ok(())
     }
 
@@ -194,7 +215,7 @@ impl Engine {
     /// `Rejected.SessionNotFound`
     pub(crate) fn close_session(&self, call: &Call, session: &[u8]) -> Result<(), KmsError> {
         let session = self.session(call, session)?;
-        self.sessions.remove(&session);
+        self.end_session(&session);
         Ok(())
     }
 
@@ -219,7 +240,7 @@ impl Engine {
             blobs,
         };
         let (nonce, sealed) = session
-            .key
+            .key()?
             .seal(&self.session_nonces, &binding, keys)
             .map_err(|_: SessionError| internal())?;
         Ok(SealedKeys { nonce, sealed })

@@ -115,37 +115,38 @@ impl Engine {
     /// # Errors
     /// `Rejected.StateModifiedFailed` while the key is pending.
     pub fn enable_key(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
-        self.transition(call, trail, key, Effect::Other, |row| match row.state() {
+        self.restore(call, trail, key, |row| match row.state() {
             KeyState::Enabled => Ok(false),
             KeyState::Disabled => {
                 row.set_state(KeyState::Enabled);
                 Ok(true)
             }
             state => Err(not_from(state)),
-        })?;
-        Ok(())
+        })
     }
 
-    /// Enabled -> Disabled. Calls that use the key have ended when this returns, and none begins.
+    /// Enabled -> Disabled. Calls that use the key have ended when this returns, and none begins; and no mount can show
+    /// anything that was encrypted under it. Disabling a disabled key waits for the same.
     ///
     /// # Errors
-    /// `Rejected.StateModifiedFailed` while the key is pending.
+    /// `Rejected.StateModifiedFailed` while the key is pending; `RevocationIncomplete`, and the key is disabled all the same.
     pub fn disable_key(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
-        self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
+        self.revoke(call, trail, key, |row| match row.state() {
             KeyState::Disabled => Ok(false),
             KeyState::Enabled => {
                 row.set_state(KeyState::Disabled);
                 Ok(true)
             }
             state => Err(not_from(state)),
-        })?;
-        Ok(())
+        })
+        .map(drop)
     }
 
     /// Any state but PendingDeletion -> PendingDeletion. Answers when deletion is due.
     ///
     /// # Errors
-    /// `InvalidParameter` for a window outside 7 to 30 days; `Rejected.PendingDeletion` if it is so already.
+    /// `InvalidParameter` for a window outside 7 to 30 days; `Rejected.PendingDeletion` if it is so already;
+    /// `RevocationIncomplete`, and the key is PendingDeletion all the same.
     pub fn schedule_key_deletion(
         &self,
         call: &Call,
@@ -156,7 +157,7 @@ impl Engine {
         if !PENDING_WINDOW_DAYS.contains(&window_days) {
             return Err(KmsError::invalid("PendingWindowInDays", "must be 7 to 30"));
         }
-        let row = self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
+        let row = self.revoke(call, trail, key, |row| match row.state() {
             KeyState::PendingDeletion => Err(refusal(KeyState::PendingDeletion)),
             _ => {
                 row.set_state(KeyState::PendingDeletion);
@@ -172,15 +173,14 @@ impl Engine {
     /// # Errors
     /// `Rejected.StateModifiedFailed` in any other state.
     pub fn cancel_key_deletion(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
-        self.transition(call, trail, key, Effect::Other, |row| match row.state() {
+        self.restore(call, trail, key, |row| match row.state() {
             KeyState::PendingDeletion => {
                 row.set_state(KeyState::Enabled);
                 row.delete_ms = None;
                 Ok(true)
             }
             state => Err(not_from(state)),
-        })?;
-        Ok(())
+        })
     }
 
     /// Holds the key's write lock over `step`, which says whether it changed the row, and over the commit. The row as it
@@ -219,7 +219,9 @@ impl Engine {
         let build = put(&next);
         // Until it is known to be stored: a batch that failed may have come back all the same.
         self.unstored.lock().insert(id);
+        let mut epoch = None;
         self.commit(call, trail, effect, build, |revocation_epoch| {
+            epoch = Some(revocation_epoch);
             *row = next;
             if state != KeyState::Enabled {
                 self.drop_materials(id);
@@ -232,7 +234,46 @@ impl Engine {
             });
         })?;
         self.unstored.lock().remove(&id);
+        trail.epoch = epoch;
         Ok(row.clone())
+    }
+
+    /// A transition that takes something away, and is over when nobody can show it any more. One that took nothing away,
+    /// since that was done before, waits for the same. The row as it was stored.
+    fn revoke(
+        &self,
+        call: &Call,
+        trail: &mut Trail,
+        key: &str,
+        step: impl FnOnce(&mut KeyRow) -> Result<bool, KmsError>,
+    ) -> Result<KeyRow, KmsError> {
+        let id = self.resolve(key)?;
+        let turn = self.turns.of(id);
+        let _turn = turn.lock();
+        let row = self.transition(call, trail, key, Effect::Restrictive, step)?;
+        let epoch = trail.epoch.unwrap_or_else(|| {
+            let epoch = self.revocation_epoch();
+            self.tell_again(id, row.state(), epoch);
+            epoch
+        });
+        self.clear_holders(id, epoch).inspect_err(|_| {
+            // What was recorded is the change of state; how it went is still to be.
+            trail.recorded = false;
+        })?;
+        Ok(row)
+    }
+
+    /// A transition that gives something back: not while a revocation of the key is waiting for its holders.
+    fn restore(
+        &self,
+        call: &Call,
+        trail: &mut Trail,
+        key: &str,
+        step: impl FnOnce(&mut KeyRow) -> Result<bool, KmsError>,
+    ) -> Result<(), KmsError> {
+        let turn = self.turns.of(self.resolve(key)?);
+        let _turn = turn.lock();
+        self.transition(call, trail, key, Effect::Other, step).map(drop)
     }
 
     /// The key that `key` names: its id, its ARN, or an alias of it.

@@ -1,14 +1,16 @@
 //! The rules of the KMS. It knows neither gRPC nor sockets; adapters hand it a [`Call`] and get an answer.
 //!
 //! Every call goes through [`Engine::run`], which writes its audit record before the answer leaves. Locks are taken in
-//! this order: aliases, one key's state (several: in the order of their ids), the manifest. A call that uses a key
+//! this order: a key's turn (`holders`), aliases, one key's state (several: in the order of their ids), the manifest. A call that uses a key
 //! holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
 //! begins after DisableKey has returned succeeds, and none that succeeded is still unrecorded.
 
 mod aliases;
 mod call;
+mod clearing;
 mod cryptography;
 mod filesystem;
+mod holders;
 mod keys;
 mod open;
 mod refusals;
@@ -21,8 +23,9 @@ pub use keys::NewKey;
 pub use open::{OpenError, Placement};
 
 pub(crate) use cryptography::{Action, Outcome, Release, Request};
-pub(crate) use filesystem::Watched;
+pub(crate) use filesystem::{Asked, Watched};
 pub(crate) use refusals::OVERFLOW_UID;
+pub(crate) use sessions::{Exit, SessionId};
 
 use crate::audit::{Audit, AuditError, Record};
 use crate::clock::Clock;
@@ -30,6 +33,7 @@ use crate::home::Home;
 use crate::metrics::{Calls, Metrics};
 use crate::rows::{AliasRow, CheckpointRow, KeyRow, ManifestRow};
 use crate::store::{Change, RowSet, Store, StoreError, Table};
+use holders::Turns;
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
 use kms_crypto::{NonceSource, SecretKey};
@@ -92,7 +96,11 @@ pub struct Engine {
     aliases: RwLock<BTreeMap<String, AliasRow>>,
     /// By key and version; what is disabled is not in here.
     materials: Mutex<LruCache<(Uuid, Uuid), Arc<SecretKey>>>,
+    /// Whose data keys are where. Its locks are leaves, but for a session's `clearing`, under which anything but a key's lock
+    /// may be taken.
     sessions: Sessions,
+    turns: Turns,
+    boot_id: String,
     session_nonces: NonceSource,
     refusals: Refusals,
     events: broadcast::Sender<KeyEvent>,

@@ -1,8 +1,9 @@
 //! How a keystore is made and opened.
 
-use super::{CHECKPOINT_KEY, EVENT_BACKLOG, Engine, MANIFEST_KEY, Node, fresh_uuid};
+use super::{CHECKPOINT_KEY, EVENT_BACKLOG, Engine, MANIFEST_KEY, Node, SessionId, fresh_uuid, holders};
 use crate::audit::{Audit, AuditError, Record, Tail};
 use crate::clock::Clock;
+use crate::fence::Reach;
 use crate::home::{Home, HomeError};
 use crate::metrics::Metrics;
 use crate::rows::{AliasRow, CheckpointRow, KeyRow, ManifestRow};
@@ -131,6 +132,18 @@ impl Engine {
     /// # Errors
     /// [`OpenError`], in one line that says what to do where something can be done.
     pub fn open(path: &Path, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
+        Self::open_keeping(path, clock, BTreeMap::new())
+    }
+
+    /// The same, with what mounts handed to an earlier kmsd of this boot, by their sessions.
+    ///
+    /// # Errors
+    /// [`OpenError`]
+    pub(crate) fn open_keeping(
+        path: &Path,
+        clock: Arc<dyn Clock>,
+        mut kept: BTreeMap<SessionId, Arc<dyn Reach>>,
+    ) -> Result<Self, OpenError> {
         let home = Home::open(path)?;
         let epoch = home.epoch()?;
         let slot = FileRootSlot::open(&home.slot(epoch), epoch)?;
@@ -172,6 +185,8 @@ impl Engine {
         replay(&store, &audit, &tail)?;
 
         let (keys, aliases) = (load_keys(&store)?, load_aliases(&store)?);
+        let boot_id = holders::boot_id()?;
+        let sessions = holders::load(&store, &boot_id, |id| kept.remove(&id))?;
         tracing::info!(
             keys = keys.len(),
             test_clock = manifest.test_clock,
@@ -189,7 +204,9 @@ impl Engine {
             keys: RwLock::new(keys),
             aliases: RwLock::new(aliases),
             materials: Mutex::new(LruCache::new(MATERIALS_MAX)),
-            sessions: super::Sessions::default(),
+            sessions,
+            turns: super::Turns::default(),
+            boot_id,
             session_nonces: NonceSource::new()?,
             refusals: super::Refusals::default(),
             events: broadcast::Sender::new(EVENT_BACKLOG),

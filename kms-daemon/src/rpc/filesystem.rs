@@ -1,9 +1,10 @@
 //! The `FilesystemKeys` service.
 
 use super::Gate;
-use crate::engine::{Call, Engine, KeyEvent, Trail, Watched};
-use kms_api::KmsError;
+use super::exit::watch_exit;
+use crate::engine::{Asked, Call, Engine, KeyEvent, Trail, Watched};
 use kms_api::proto::{self, filesystem_keys_server::FilesystemKeys};
+use kms_api::{Code, KmsError};
 use std::sync::Arc;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,21 +23,36 @@ impl FilesystemKeys for FilesystemService {
         &self,
         request: Request<proto::OpenSessionRequest>,
     ) -> Answer<proto::OpenSessionResponse> {
-        let handler = |engine: &Engine, call: &Call, _: &mut Trail, request: proto::OpenSessionRequest| {
-            let (public, volume) = (&request.client_public_key, &request.volume);
-            let opened = engine.open_session(call, public, volume, &request.boot_id)?;
-            let position = engine.position();
-            Ok(proto::OpenSessionResponse {
-                session_id: opened.id.to_vec(),
-                server_public_key: opened.server_public.to_vec(),
-                lease_ttl_ms: opened.lease_ttl_ms,
-                keystore_id: position.keystore_id.as_bytes().to_vec(),
-                epoch: position.epoch,
-                state_seq: position.state_seq,
-                audit_head: position.audit.head,
-                audit_records: position.audit.records,
-            })
-        };
+        let process = super::peer::process(&request);
+        let gate = Arc::clone(&self.0);
+        let handler =
+            move |engine: &Engine, call: &Call, _: &mut Trail, request: proto::OpenSessionRequest| {
+                let process = process.ok_or_else(|| {
+                    KmsError::new(
+                        Code::NoPermission,
+                        "a session needs a process that this host can name",
+                    )
+                })?;
+                let asked = Asked {
+                    client_public: &request.client_public_key,
+                    volume: &request.volume,
+                    boot_id: &request.boot_id,
+                    drain_max_ms: request.drain_max_ms,
+                };
+                let (opened, exit) = engine.open_session(call, process, &asked)?;
+                tokio::spawn(watch_exit(gate, exit));
+                let position = engine.position();
+                Ok(proto::OpenSessionResponse {
+                    session_id: opened.id.to_vec(),
+                    server_public_key: opened.server_public.to_vec(),
+                    lease_ttl_ms: opened.lease_ttl_ms,
+                    keystore_id: position.keystore_id.as_bytes().to_vec(),
+                    epoch: position.epoch,
+                    state_seq: position.state_seq,
+                    audit_head: position.audit.head,
+                    audit_records: position.audit.records,
+                })
+            };
         self.0.serve("OpenSession", request, handler).await
     }
 

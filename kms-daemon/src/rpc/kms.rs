@@ -126,7 +126,7 @@ impl Kms for KmsService {
                 request_id: call.request_id.to_string(),
             })
         };
-        self.0.serve("EnableKey", request, handler).await
+        self.0.serve_change("EnableKey", request, handler).await
     }
 
     async fn disable_key(
@@ -139,7 +139,7 @@ impl Kms for KmsService {
                 request_id: call.request_id.to_string(),
             })
         };
-        self.0.serve("DisableKey", request, handler).await
+        self.0.serve_change("DisableKey", request, handler).await
     }
 
     async fn schedule_key_deletion(
@@ -154,7 +154,7 @@ impl Kms for KmsService {
                     request_id: call.request_id.to_string(),
                 })
             };
-        self.0.serve("ScheduleKeyDeletion", request, handler).await
+        self.0.serve_change("ScheduleKeyDeletion", request, handler).await
     }
 
     async fn cancel_key_deletion(
@@ -168,7 +168,7 @@ impl Kms for KmsService {
                     request_id: call.request_id.to_string(),
                 })
             };
-        self.0.serve("CancelKeyDeletion", request, handler).await
+        self.0.serve_change("CancelKeyDeletion", request, handler).await
     }
 
     async fn create_alias(

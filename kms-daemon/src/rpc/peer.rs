@@ -1,13 +1,40 @@
 //! Who is at the other end of the socket.
 
 use crate::engine::{OVERFLOW_UID, Principal};
+use crate::fence::Process;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use tokio::net::UnixStream;
+use tokio::net::unix::UCred;
 use tonic::Request;
-use tonic::transport::server::UdsConnectInfo;
+
+/// The process that connected, by the kernel's word.
+#[derive(Debug, Clone)]
+pub(crate) struct Peer {
+    credentials: Option<UCred>,
+    process: Option<Arc<Process>>,
+}
+
+impl Peer {
+    pub(crate) fn of(stream: &UnixStream) -> Self {
+        let credentials = stream.peer_cred().ok();
+        let pid = credentials.and_then(|credentials| credentials.pid());
+        Self {
+            credentials,
+            process: pid.and_then(|pid| Process::at_peer(stream.as_fd(), pid).ok().map(Arc::new)),
+        }
+    }
+}
+
+/// The calling process, if it is there still and this host can name it.
+pub(super) fn process<T>(request: &Request<T>) -> Option<Arc<Process>> {
+    request.extensions().get::<Peer>()?.process.clone()
+}
 
 /// The peer by the socket's credentials, never by what it claims. Without credentials it is nobody.
 pub(super) fn principal<T>(request: &Request<T>) -> Principal {
-    let info = request.extensions().get::<UdsConnectInfo>();
-    let Some(credentials) = info.and_then(|info| info.peer_cred) else {
+    let peer = request.extensions().get::<Peer>();
+    let Some(credentials) = peer.and_then(|peer| peer.credentials) else {
         return Principal {
             uid: OVERFLOW_UID,
             gid: OVERFLOW_UID,

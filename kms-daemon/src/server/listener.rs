@@ -1,6 +1,7 @@
 //! The socket: where it is bound, and how many connections one user may have.
 
 use super::ServeError;
+use crate::rpc::Peer;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, Permissions};
@@ -14,7 +15,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::Stream;
-use tonic::transport::server::{Connected, UdsConnectInfo};
+use tonic::transport::server::Connected;
 
 /// Open connections of one user, at most; one more is closed at once.
 const CONNECTIONS_PER_UID_MAX: usize = 128;
@@ -90,6 +91,7 @@ type Counts = Arc<Mutex<BTreeMap<u32, usize>>>;
 /// A connection that is counted for as long as it is open.
 pub(super) struct Connection {
     stream: UnixStream,
+    peer: Peer,
     _place: Place,
 }
 
@@ -108,6 +110,7 @@ impl Connection {
         }
         *count += 1;
         Some(Self {
+            peer: Peer::of(&stream),
             stream,
             _place: Place {
                 uid,
@@ -130,10 +133,10 @@ impl Drop for Place {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = UdsConnectInfo;
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> UdsConnectInfo {
-        self.stream.connect_info()
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
     }
 }
 

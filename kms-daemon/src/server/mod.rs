@@ -1,10 +1,12 @@
 //! The daemon: one engine behind one socket, until a signal ends it.
 
+mod kept;
 mod listener;
+mod side;
 
 use crate::clock::SystemClock;
 use crate::engine::{Engine, OpenError};
-use crate::rpc::{FilesystemService, Gate, KmsService};
+use crate::rpc::{FilesystemService, Gate, KmsService, watch_exit};
 use kms_api::MESSAGE_BYTES_MAX;
 use kms_api::proto::filesystem_keys_server::FilesystemKeysServer;
 use kms_api::proto::kms_server::KmsServer;
@@ -13,13 +15,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tonic::transport::Server;
 
 /// Calls under way on one connection, at most.
 const STREAMS_PER_CONNECTION_MAX: u32 = 128;
 /// Calls under way at all, at most; more wait.
 const BLOCKING_THREADS_MAX: usize = 64;
+/// Changes of keys' states under way, at most: each may wait long for mounts, which must find threads for what they say.
+const CHANGES_MAX: usize = 16;
 /// How long a stopping daemon waits for the calls that are under way.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// How long a connection may take to answer a ping before it is given up.
@@ -65,8 +69,10 @@ pub enum ServeError {
 /// # Errors
 /// [`ServeError`]
 pub fn serve(options: &ServeOptions) -> Result<(), ServeError> {
+    let kept = kept::taken_back();
     // The keystore's lock is taken first: it decides whether what lies at the socket's path may be replaced.
-    let engine = Arc::new(Engine::open(&options.home, Arc::new(SystemClock))?);
+    let engine = Engine::open_keeping(&options.home, Arc::new(SystemClock), kept)?;
+    let engine = Arc::new(engine);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(BLOCKING_THREADS_MAX)
@@ -82,12 +88,20 @@ pub fn serve(options: &ServeOptions) -> Result<(), ServeError> {
 async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (stop, stopping) = watch::channel(false);
+    let own_uid = rustix::process::geteuid().as_raw();
     let gate = Arc::new(Gate {
         engine: Arc::clone(engine),
-        own_uid: rustix::process::geteuid().as_raw(),
+        own_uid,
         stopping: stopping.clone(),
+        changes: Semaphore::new(CHANGES_MAX),
+        forget: kept::forget,
     });
     let listener = listener::bind(&options.socket, options.socket_mode)?;
+    let side = kms_api::side::side_channel_path(&options.socket);
+    let side = side::start(&side, options.socket_mode, Arc::clone(engine), own_uid)?;
+    for exit in engine.left_behind() {
+        tokio::spawn(watch_exit(Arc::clone(&gate), exit));
+    }
     let kms = KmsServer::new(KmsService(Arc::clone(&gate))).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let files =
         FilesystemKeysServer::new(FilesystemService(gate)).max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -111,6 +125,7 @@ async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeEr
     tracing::info!("stopping");
     // First the name goes, so that nobody connects to a daemon that will not answer.
     let _ = std::fs::remove_file(&options.socket);
+    drop(side);
     stop.send_replace(true);
     match tokio::time::timeout(DRAIN_MAX, serving).await {
         Ok(ended) => flatten(ended),

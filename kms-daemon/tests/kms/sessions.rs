@@ -6,6 +6,7 @@ use kms_client::{ClientError, Code, EncryptionContext, KeyState, Session};
 use std::time::Duration;
 
 const VOLUME: [u8; 16] = [4; 16];
+const DRAIN: Duration = Duration::from_secs(1);
 
 fn contexts(count: u64) -> Vec<EncryptionContext> {
     (0..count)
@@ -31,12 +32,24 @@ fn issue(session: &Session, key: &str, count: u64) -> (Wrapped, Vec<[u8; 32]>) {
     (contexts.into_iter().zip(wrapped).collect(), plain)
 }
 
+/// Runs a revocation while this process does what a mount does: it lets go, and says so.
+fn revoke(kms: &Kms, session: &Session, arguments: &[&str]) {
+    let mut watch = session.watch().unwrap();
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| kms.ctl(arguments));
+        assert!(watch.wait());
+        let epoch = session.renew(Duration::MAX).unwrap().revocation_epoch;
+        session.acknowledge(epoch).unwrap();
+        call.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn keys_are_issued_and_opened_also_after_a_restart() {
     let mut kms = Kms::start();
     let key = kms.create_key();
     let client = kms.client();
-    let session = client.open_session(VOLUME, Some(42)).unwrap();
+    let session = client.open_session(VOLUME, DRAIN).unwrap();
     // More than one batch of 256.
     let (items, plain) = issue(&session, &key, 600);
     let distinct: std::collections::HashSet<_> = plain.iter().collect();
@@ -53,9 +66,9 @@ fn keys_are_issued_and_opened_also_after_a_restart() {
         );
     }
     kms.restart();
-    assert_eq!(code(session.renew()), Code::SessionNotFound);
+    assert_eq!(code(session.renew(Duration::MAX)), Code::SessionNotFound);
     assert_eq!(code(session.open_data_keys(&items)), Code::SessionNotFound);
-    let session = client.open_session(VOLUME, None).unwrap();
+    let session = client.open_session(VOLUME, DRAIN).unwrap();
     assert!(open(&session) == plain);
     session.close().unwrap();
 }
@@ -65,10 +78,10 @@ fn each_item_fails_by_itself() {
     let kms = Kms::start();
     let (good, disabled) = (kms.create_key(), kms.create_key());
     let client = kms.client();
-    let session = client.open_session(VOLUME, None).unwrap();
+    let session = client.open_session(VOLUME, DRAIN).unwrap();
     let (mut items, plain) = issue(&session, &good, 3);
     let (others, _) = issue(&session, &disabled, 1);
-    kms.ctl(&["disable-key", "--key-id", &disabled]).unwrap();
+    revoke(&kms, &session, &["disable-key", "--key-id", &disabled]);
     items.extend(others);
     items.push((EncryptionContext::data_key(VOLUME, 1, 99), items[0].1.clone()));
     items.push((items[0].0.clone(), b"no blob".to_vec()));
@@ -106,12 +119,12 @@ fn each_item_fails_by_itself() {
 fn renewal_tells_the_state_of_every_key_that_is_used() {
     let kms = Kms::start();
     let (one, two, unused) = (kms.create_key(), kms.create_key(), kms.create_key());
-    let session = kms.client().open_session(VOLUME, None).unwrap();
-    assert_eq!(session.renew().unwrap().keys, []);
+    let session = kms.client().open_session(VOLUME, DRAIN).unwrap();
+    assert_eq!(session.renew(Duration::MAX).unwrap().keys, []);
     issue(&session, &one, 1);
     issue(&session, &two, 1);
     let states = || {
-        let renewal = session.renew().unwrap();
+        let renewal = session.renew(Duration::MAX).unwrap();
         assert!(renewal.lease_ttl > Duration::ZERO && renewal.lease_ttl <= Duration::from_secs(10));
         let state = |key: &str| {
             let mut found = renewal.keys.iter().filter(|status| status.arn.ends_with(key));
@@ -122,18 +135,13 @@ fn renewal_tells_the_state_of_every_key_that_is_used() {
     let enabled = Some(KeyState::Enabled);
     let (epoch, ..) = states();
     assert_eq!(states(), (epoch, enabled, enabled, None));
-    kms.ctl(&["disable-key", "--key-id", &one]).unwrap();
+    revoke(&kms, &session, &["disable-key", "--key-id", &one]);
     assert_eq!(states(), (epoch + 1, Some(KeyState::Disabled), enabled, None));
     kms.ctl(&["enable-key", "--key-id", &one]).unwrap();
     assert_eq!(states(), (epoch + 1, enabled, enabled, None));
-    kms.ctl(&[
-        "schedule-key-deletion",
-        "--key-id",
-        &two,
-        "--pending-window-in-days",
-        "7",
-    ])
-    .unwrap();
+    let window = ["--pending-window-in-days", "7"];
+    let schedule = [&["schedule-key-deletion", "--key-id", &two], &window[..]].concat();
+    revoke(&kms, &session, &schedule);
     assert_eq!(
         states(),
         (epoch + 2, enabled, Some(KeyState::PendingDeletion), None)
@@ -169,7 +177,7 @@ fn open_request() -> proto::OpenSessionRequest {
             .unwrap()
             .trim()
             .to_owned(),
-        device_minor: None,
+        drain_max_ms: None,
     }
 }
 
@@ -293,21 +301,25 @@ fn a_watcher_hears_of_the_keys_it_uses_and_ends_with_the_daemon() {
         .unwrap()
         .into_inner();
     kms.ctl(&["disable-key", "--key-id", &other]).unwrap();
-    kms.ctl(&["disable-key", "--key-id", &used]).unwrap();
-    let event = runtime.block_on(events.message()).unwrap().unwrap();
-    assert!(event.arn.ends_with(&used));
-    assert_eq!(event.state(), proto::KeyState::Disabled);
-
     let acknowledge = |epoch| proto::AcknowledgeRevocationRequest {
         session_id: session_id.clone(),
         revocation_epoch: epoch,
     };
-    let epoch = event.revocation_epoch;
-    runtime
-        .block_on(client.acknowledge_revocation(acknowledge(epoch)))
-        .unwrap();
-    let early = runtime.block_on(client.acknowledge_revocation(acknowledge(epoch + 1)));
-    assert_eq!(raw_code(&early.unwrap_err()), Code::InvalidParameter);
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| kms.ctl(&["disable-key", "--key-id", &used]));
+        let event = runtime.block_on(events.message()).unwrap().unwrap();
+        assert!(event.arn.ends_with(&used));
+        assert_eq!(event.state(), proto::KeyState::Disabled);
+        let epoch = event.revocation_epoch;
+        let early = runtime.block_on(client.acknowledge_revocation(acknowledge(epoch + 1)));
+        assert_eq!(raw_code(&early.unwrap_err()), Code::InvalidParameter);
+        // It waits for this.
+        assert!(!call.is_finished());
+        runtime
+            .block_on(client.acknowledge_revocation(acknowledge(epoch)))
+            .unwrap();
+        call.join().unwrap().unwrap();
+    });
 
     kms.stop();
     assert!(matches!(runtime.block_on(events.message()), Ok(None) | Err(_)));

@@ -2,7 +2,7 @@
 
 use super::{CreateArguments, Failure, key_failure, uuid_text};
 use crate::adapters::kms::{SessionKeys, connect};
-use crate::engine::{CreateParams, Error, KeyError, Volume};
+use crate::engine::{CreateParams, Error, KeyError, Options, Volume};
 use kms_client::ClientError;
 use std::path::Path;
 
@@ -19,7 +19,8 @@ pub(super) fn run(arguments: &CreateArguments, socket: &Path) -> Result<(), Fail
             other => format!("kmsd: {other}"),
         })?;
     let uuid = uuid::Uuid::new_v4().into_bytes();
-    let keys = SessionKeys::open(client, uuid, &key.arn).map_err(|error| key_failure(&error, socket))?;
+    let keys = SessionKeys::open(client, uuid, &key.arn, Options::default().drain_max)
+        .map_err(|error| key_failure(&error, socket))?;
     let params = CreateParams {
         cmk_arn: key.arn.clone(),
         uid: rustix::process::getuid().as_raw(),

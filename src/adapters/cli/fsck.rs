@@ -5,7 +5,7 @@ use super::{
     Failure, FsckArguments, existing_directory, key_failure, open_failure, read_superblock, uuid_text,
 };
 use crate::adapters::kms::{SessionKeys, connect};
-use crate::engine::{CheckOptions, Event, Problem, Report, SystemClock, Volume};
+use crate::engine::{CheckOptions, Event, Options, Problem, Report, SystemClock, Volume};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
@@ -27,8 +27,13 @@ pub(super) fn run(arguments: &FsckArguments, socket: &Path) -> Result<ExitCode, 
     let superblock = read_superblock(&dir, socket)?;
     harden()?;
     let client = connect(socket).map_err(|error| key_failure(&error, socket))?;
-    let keys = SessionKeys::open(client, superblock.volume(), superblock.cmk_arn())
-        .map_err(|error| key_failure(&error, socket))?;
+    let (volume, cmk, drain_max) = (
+        superblock.volume(),
+        superblock.cmk_arn(),
+        Options::default().drain_max,
+    );
+    let keys =
+        SessionKeys::open(client, volume, cmk, drain_max).map_err(|error| key_failure(&error, socket))?;
     let options = CheckOptions {
         scrub: arguments.scrub,
         repair: arguments.repair,

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::adapters::fuse::{Mounted, Unmounter};
 use crate::adapters::kms::{SessionKeys, connect};
-use crate::engine::{Superblock, SystemClock, Volume};
+use crate::engine::{KeyService, Superblock, SystemClock, Volume};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::{Path, PathBuf};
@@ -87,32 +87,49 @@ fn plan(arguments: &MountArguments, socket: &Path) -> Result<Plan, Failure> {
 fn serve(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     harden()?;
     let client = connect(&plan.socket).map_err(|error| key_failure(&error, &plan.socket))?;
-    let keys = SessionKeys::open(client, plan.superblock.volume(), plan.superblock.cmk_arn())
+    let (superblock, drain_max) = (&plan.superblock, plan.options.engine.drain_max);
+    let keys = SessionKeys::open(client, superblock.volume(), superblock.cmk_arn(), drain_max)
         .map_err(|error| key_failure(&error, &plan.socket))?;
+    let keys = Arc::new(keys);
     let volume = Volume::open(
         &plan.volume,
         plan.options.engine,
-        Arc::new(keys),
+        Arc::clone(&keys) as Arc<dyn KeyService>,
         Arc::new(SystemClock),
     )
     .map_err(|error| open_failure(&error, &plan.volume, &plan.socket))?;
-    let served = serve_open(plan, &volume, report);
+    let served = serve_open(plan, &volume, &keys, report);
     let closed = volume
         .close()
         .map_err(|error| format!("what was written last may be lost: {error}"));
     if Arc::into_inner(volume).is_none() {
         tracing::warn!("something refers to the volume still");
     }
+    keys.close();
     served.and(closed)
 }
 
-fn serve_open(plan: &Plan, volume: &Arc<Volume>, report: &mut Report) -> Result<(), Failure> {
+fn serve_open(
+    plan: &Plan,
+    volume: &Arc<Volume>,
+    keys: &Arc<SessionKeys>,
+    report: &mut Report,
+) -> Result<(), Failure> {
     let _control = control::start(
         Arc::downgrade(volume),
         &plan.volume,
         &plan.mountpoint,
         &plan.superblock,
     )?;
+    let watched = Arc::downgrade(volume);
+    let ring = move || {
+        if let Some(volume) = watched.upgrade() {
+            volume.ask_for_key_state();
+        }
+    };
+    let _watcher = keys
+        .watch(ring)
+        .map_err(|error| format!("no thread to watch the key with: {error}"))?;
     // Blocked from before the mount is there, so that none of them finds it half made.
     let mut signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|error| format!("no signals: {error}"))?;
@@ -122,6 +139,10 @@ fn serve_open(plan: &Plan, volume: &Arc<Volume>, report: &mut Report) -> Result<
         &plan.mountpoint,
         plan.options.flags,
         plan.options.cache,
+        |handles| {
+            keys.attach(handles)
+                .map_err(|error| std::io::Error::other(error.to_string()))
+        },
     )
     .map_err(|error| format!("cannot mount on {}: {error}", plan.mountpoint.display()))?;
     let handle = signals.handle();

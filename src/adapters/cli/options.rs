@@ -81,6 +81,7 @@ fn set_value(options: &mut MountOptions, name: &str, value: &str) -> Result<(), 
         "key_poll_interval_ms" => {
             engine.key_poll_interval = Duration::from_millis(number(name, value, 10, 60_000)?)
         }
+        "drain_max_ms" => engine.drain_max = Duration::from_millis(number(name, value, 0, 28_000)?),
         "block_cache_mib" => engine.block_cache_bytes = number::<usize>(name, value, 8, 1 << 20)? << 20,
         "dek_cache_entries_max" => engine.dek_cache_entries_max = number(name, value, 256, 1 << 24)?,
         "node_cache_entries_max" => engine.node_cache_entries_max = number(name, value, 256, 1 << 24)?,

@@ -4,6 +4,7 @@
 //! one.
 
 use crate::engine::{CacheObserver, Error, Ino, Seek, Volume};
+use fuse_device::FuseDevice;
 use fuser::{Errno, INodeNo, Notifier, ReplyLseek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -14,16 +15,23 @@ use std::thread::JoinHandle;
 const LAUNDRY_MAX: usize = 256;
 
 /// Drops what the kernel caches when the volume goes dark.
-pub(super) struct Purger(pub(super) Notifier);
+pub(super) struct Purger(pub(super) FuseDevice);
 
 impl CacheObserver for Purger {
     fn purge(&self, inodes: &[Ino]) {
         // Attributes first: once they are expired, new write(2) calls ask and are refused.
         for ino in inodes {
-            expire_attributes(&self.0, *ino);
+            log_failure(*ino, self.0.expire_attributes(ino.0).map(drop));
         }
         for ino in inodes {
-            drop_pages(&self.0, *ino);
+            log_failure(*ino, self.0.drop_pages(ino.0).map(drop));
+        }
+        match self.0.drop_names() {
+            Ok(true) => {}
+            Ok(false) => {
+                tracing::debug!("this kernel keeps the names that it cached; it shows nothing else of them")
+            }
+            Err(error) => tracing::warn!(%error, "the kernel did not drop the names that it cached"),
         }
     }
 }

@@ -4,11 +4,14 @@ use super::filesystem::CmkFs;
 use super::invalidate::{Laundry, Purger};
 use super::mount::{MountFlags, mount, unmount};
 use super::mountinfo::{self, Device};
+use crate::adapters::kms::{MountHandles, SharedLedger};
 use crate::engine::Volume;
+use fuse_device::{AbortHandle, FuseDevice};
 use fuser::{Config, Session, SessionACL};
+use kms_client::Ledger;
 use parking_lot::RwLock;
-use std::fs::File;
-use std::io::{Error, Result, Write};
+use std::io::{Error, Result};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,8 +24,6 @@ const LOOPS: usize = 10;
 const READ_AHEAD_KB: &str = "4096";
 /// Dirty pages that the mount may have, in percent of what the whole host may: the default for FUSE is 1.
 const DIRTY_PERCENT: &str = "100";
-/// fusectl: a directory for each connection.
-const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 
 /// What the kernel may cache of content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -74,21 +75,19 @@ impl Unmounter {
 /// Undoes a mount that nobody serves, or not all of whose loops do.
 struct Breaker {
     place: Unmounter,
-    /// fusectl's file of this very connection; its number may be another's once it has ended. Absent where fusectl is not
-    /// mounted.
-    abort: Option<File>,
+    /// Absent where fusectl cannot be had.
+    abort: Option<AbortHandle>,
 }
 
 impl Breaker {
     fn of(place: &Unmounter) -> Self {
-        let path = PathBuf::from(CONNECTIONS)
-            .join(place.device.minor.to_string())
-            .join("abort");
-        let abort = File::options().write(true).open(path);
+        let abort = AbortHandle::open(place.device.minor);
         Self {
             place: place.clone(),
             abort: abort
-                .inspect_err(|error| tracing::debug!(%error, "this connection cannot be aborted"))
+                .inspect_err(
+                    |error| tracing::warn!(%error, "this connection cannot be aborted: no access to fusectl"),
+                )
                 .ok(),
         }
     }
@@ -96,8 +95,8 @@ impl Breaker {
     /// Has every request fail, those that wait included, and takes the mount out of the tree. Whether the connection is known to
     /// have ended.
     fn undo(&self) -> bool {
-        if let Some(mut abort) = self.abort.as_ref()
-            && let Err(error) = abort.write_all(b"1")
+        if let Some(abort) = self.abort.as_ref()
+            && let Err(error) = abort.abort()
         {
             tracing::debug!(%error, "the connection has ended before");
         }
@@ -109,7 +108,8 @@ impl Breaker {
 }
 
 impl Mounted {
-    /// Mounts `volume` and serves it; returns when the kernel's first request was answered.
+    /// Mounts `volume` and serves it; returns when the kernel's first request was answered. `attach` hands kmsd what it
+    /// needs to revoke the mount without its help; nothing is served before.
     ///
     /// # Errors
     /// Why it could not be mounted.
@@ -119,6 +119,7 @@ impl Mounted {
         mountpoint: &Path,
         flags: MountFlags,
         cache: CacheMode,
+        attach: impl FnOnce(MountHandles) -> Result<()>,
     ) -> Result<Self> {
         let device = mount(source, mountpoint, flags)?;
         let place = Unmounter::of(mountpoint).inspect_err(|_| {
@@ -127,16 +128,19 @@ impl Mounted {
             }
         })?;
         let breaker = Arc::new(Breaker::of(&place));
-        Self::serve(volume, place, &breaker, device, cache).inspect_err(|_| {
-            breaker.undo();
-        })
+        // Before the first request is answered: what the kernel learns, kmsd can have it forget.
+        hand_over(volume, &place, &device, attach)
+            .and_then(|()| Self::serve(volume, place, &breaker, device, cache))
+            .inspect_err(|_| {
+                breaker.undo();
+            })
     }
 
     fn serve(
         volume: &Arc<Volume>,
         place: Unmounter,
         breaker: &Arc<Breaker>,
-        device: std::os::fd::OwnedFd,
+        device: OwnedFd,
         cache: CacheMode,
     ) -> Result<Self> {
         let laundry = Arc::new(RwLock::new(None));
@@ -146,7 +150,6 @@ impl Mounted {
         config.clone_fd = true;
         config.acl = SessionACL::All;
         let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
-        volume.set_observer(Arc::new(Purger(session.notifier())));
         let (cleaner, laundering) = Laundry::start(Arc::clone(volume), session.notifier())?;
         *laundry.write() = Some(cleaner);
         let broken = (Arc::clone(breaker), Arc::clone(volume), Arc::clone(&laundry));
@@ -219,6 +222,25 @@ impl Mounted {
     pub fn unmounter(&self) -> Unmounter {
         self.place.clone()
     }
+}
+
+/// Has the kernel's caches purged through a descriptor of their own, and listed where kmsd reads; hands kmsd its means.
+fn hand_over(
+    volume: &Volume,
+    place: &Unmounter,
+    device: &OwnedFd,
+    attach: impl FnOnce(MountHandles) -> Result<()>,
+) -> Result<()> {
+    let clone = || FuseDevice::clone_of(device.as_fd());
+    let ledger = Arc::new(Ledger::new()?);
+    volume.set_ledger(Arc::new(SharedLedger(Arc::clone(&ledger))));
+    volume.set_observer(Arc::new(Purger(clone()?)));
+    attach(MountHandles {
+        device: clone()?,
+        ledger,
+        abort: AbortHandle::open(place.device.minor).ok(),
+        device_minor: place.device.minor,
+    })
 }
 
 /// Lifts limits that the kernel sets for a FUSE mount it does not trust, where that is permitted.

@@ -9,7 +9,7 @@ mod commit;
 mod keyring;
 mod slots;
 
-use super::keyservice::{IssuedKey, KeyContext, KeyError, KeyService};
+use super::keyservice::{IssuedKey, KeyContext, KeyError, KeyService, Renewal};
 use kms_crypto::SecretKey;
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::thread::{JoinHandle, spawn, yield_now};
@@ -85,9 +85,19 @@ impl KeyService for Kms {
         self.call(|| items.iter().map(|(_, wrapped)| Ok(key_of(wrapped))).collect())
     }
 
-    fn renew(&self) -> Result<Duration, KeyError> {
-        self.call(|| Duration::from_secs(30))
+    fn renew(&self, _: Duration) -> Result<Renewal, KeyError> {
+        self.call(|| Renewal {
+            lease: Duration::from_secs(30),
+            epoch: 0,
+            state: Ok(()),
+        })
     }
+
+    fn acknowledge(&self, _: u64) -> Result<(), KeyError> {
+        Ok(())
+    }
+
+    fn refuse(&self, _: bool) {}
 }
 
 fn key_of(bytes: &[u8]) -> SecretKey {

@@ -1,0 +1,362 @@
+//! Holders of data keys: their rows, how they are taken over after a restart, and how a revocation makes them let go.
+//!
+//! A revocation is over when every holder of the key has acknowledged it, was fenced, or is gone; `clearing` decides what is
+//! done to each. No lock of a key is held meanwhile: the key is stored as revoked by then, so that nobody becomes a holder.
+
+use super::clearing::{Cache, Clearing, Seen, Step};
+use super::sessions::{DRAIN_MAX_MS, Exit, Facts, Mount, Owner, Session, SessionId, Sessions};
+use super::{Engine, KeyEvent, failed, internal};
+use crate::fence::{Life, Process, Reach, may_be_mounted, within};
+use crate::rows::HolderRow;
+use crate::store::{Store, StoreError, Table};
+use kms_api::{Code, KmsError};
+use parking_lot::Mutex;
+use prost::Message;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Beyond what a mount asked for to go dark.
+const GRACE_MS: u64 = 2_000;
+/// How long a killed process may take to end. One that waits for a disk ends when the disk answers.
+const EXIT_MAX_MS: u64 = 10_000;
+/// How long the kernel may take to drop a mount's cache.
+const INVALIDATION_MAX: Duration = Duration::from_secs(10);
+/// How long a holder is left unobserved: an exit does not ring.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The id of this boot of this host.
+pub(super) fn boot_id() -> Result<String, KmsError> {
+    let id = std::fs::read_to_string(BOOT_ID).map_err(|_| internal())?;
+    Ok(id.trim().to_owned())
+}
+
+/// One change of a key's state at a time, the wait for its holders included. Taken before every lock of [`Engine`].
+#[derive(Default)]
+pub(super) struct Turns(Mutex<BTreeMap<Uuid, Arc<Mutex<()>>>>);
+
+impl Turns {
+    pub(super) fn of(&self, key: Uuid) -> Arc<Mutex<()>> {
+        Arc::clone(self.0.lock().entry(key).or_default())
+    }
+}
+
+/// The holders that an earlier kmsd left behind in this boot. The rows of earlier boots are removed: their kernel is gone,
+/// and with it every page that it cached.
+pub(super) fn load(
+    store: &Store,
+    boot_id: &str,
+    mut reach: impl FnMut(SessionId) -> Option<Arc<dyn Reach>>,
+) -> Result<Sessions, StoreError> {
+    let damaged = || StoreError::Damaged("holders");
+    let mut left = Vec::new();
+    for (key, plain) in store.scan(Table::Holders)? {
+        let row = HolderRow::decode(plain.as_slice()).map_err(|_| damaged())?;
+        if row.boot_id != boot_id {
+            let mut change = store.begin();
+            change.delete(Table::Holders, &key)?;
+            change.commit(false)?;
+            continue;
+        }
+        let id = SessionId::try_from(row.session_id.as_slice()).map_err(|_| damaged())?;
+        let keys = row
+            .keys
+            .iter()
+            .map(|id| Uuid::from_slice(id).map_err(|_| damaged()));
+        let process = Process::find(row.pid)
+            .ok()
+            .filter(|process| process.began_at(row.started_ticks))
+            .map(|process| Arc::new(process) as Arc<dyn Life>);
+        let facts = Facts {
+            owner: Owner {
+                uid: row.uid,
+                pid: row.pid,
+            },
+            started_ticks: row.started_ticks,
+            volume: Uuid::from_slice(&row.volume).map_err(|_| damaged())?,
+            drain_max_ms: row.drain_max_ms,
+        };
+        let mount = Mount {
+            minor: row.device_minor,
+            reach: reach(id),
+        };
+        let used = keys.collect::<Result<BTreeSet<_>, _>>()?;
+        left.push(Session::left_behind(id, facts, process, used, mount));
+    }
+    Ok(Sessions::holding(left))
+}
+
+impl Engine {
+    /// Makes a session a holder of `keys`, durably, before anything under them leaves. The caller holds the keys' read
+    /// locks, so that a revocation sees it or it sees the revocation.
+    pub(super) fn register(&self, session: &Session, keys: &BTreeSet<Uuid>) -> Result<(), KmsError> {
+        session.add_used(keys, |all| self.store_holder(session, all, &[]))
+    }
+
+    /// Stores a holder's row, in place of those of `replaced`.
+    fn store_holder(
+        &self,
+        session: &Session,
+        keys: &BTreeSet<Uuid>,
+        replaced: &[Arc<Session>],
+    ) -> Result<(), KmsError> {
+        let facts = &session.facts;
+        let row = HolderRow {
+            session_id: session.id.to_vec(),
+            volume: facts.volume.as_bytes().to_vec(),
+            boot_id: self.boot_id.clone(),
+            uid: facts.owner.uid,
+            pid: facts.owner.pid,
+            started_ticks: facts.started_ticks,
+            device_minor: session.mount().minor,
+            drain_max_ms: facts.drain_max_ms,
+            keys: keys.iter().map(|id| id.as_bytes().to_vec()).collect(),
+        };
+        let mut change = self.store.begin();
+        let stored = change
+            .put(Table::Holders, &session.id, &row.encode_to_vec())
+            .and_then(|()| {
+                replaced
+                    .iter()
+                    .try_for_each(|old| change.delete(Table::Holders, &old.id))
+            })
+            .and_then(|()| change.commit(true));
+        stored.map_err(failed)
+    }
+
+    /// Has a session of this kmsd answer for what the same process was given by an earlier one.
+    pub(super) fn take_over(&self, session: &Session, fits: impl Fn(&Mount) -> bool) -> Result<(), KmsError> {
+        let left = self.sessions.left_behind_by(&session.facts, fits);
+        if left.is_empty() {
+            return Ok(());
+        }
+        let keys = left.iter().flat_map(|old| old.used()).collect();
+        session.add_used(&keys, |all| self.store_holder(session, all, &left))?;
+        for old in left {
+            self.sessions.remove(&old);
+        }
+        Ok(())
+    }
+
+    /// Notes the descriptors that the process of a session has handed over.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`; `InternalFailure` if it could not be stored.
+    pub(crate) fn attach(
+        &self,
+        owner: (u32, i32),
+        session: &[u8],
+        minor: u32,
+        reach: Arc<dyn Reach>,
+    ) -> Result<(), KmsError> {
+        let (uid, pid) = owner;
+        let session = self
+            .sessions
+            .get(session, Owner { uid, pid }, self.clock.boot_ms())?;
+        session.set_mount(Mount {
+            minor: Some(minor),
+            reach: Some(reach),
+        });
+        self.store_holder(&session, &session.used(), &[])?;
+        self.take_over(&session, |mount| mount.minor.is_none_or(|old| old == minor))
+    }
+
+    /// Ends a session that holds nothing any more.
+    pub(super) fn end_session(&self, session: &Session) {
+        self.sessions.remove(session);
+        let mut change = self.store.begin();
+        let removed = change
+            .delete(Table::Holders, &session.id)
+            .and_then(|()| change.commit(false));
+        if let Err(error) = removed {
+            // The next kmsd finds its process ended and its mount gone.
+            tracing::warn!(%error, "the row of a holder that holds nothing stays");
+        }
+    }
+
+    /// A session or its process has ended: what the kernel still caches of its mount is dropped, since nobody else can say
+    /// when that must go. Whether nothing is left of it.
+    pub(crate) fn process_exited(&self, id: SessionId) -> bool {
+        let Some(session) = self.sessions.any(id) else {
+            return true;
+        };
+        if session.process().is_some_and(|process| !process.has_exited()) {
+            return false;
+        }
+        let cleared = self.clear(&session, u64::MAX, 0).inspect_err(|why| {
+            tracing::warn!(holder = %describe(&session), why, "the mount of an ended process may still show what it cached");
+        });
+        cleared.is_ok()
+    }
+
+    /// What an earlier kmsd left behind, to be watched: the exits of processes that are alive, and at once those of others.
+    pub(crate) fn left_behind(&self) -> Vec<Exit> {
+        let sessions = self.sessions.holders(None);
+        let left = sessions.iter().filter(|session| session.is_left_behind());
+        left.map(|session| session.exit()).collect()
+    }
+
+    /// Waits until no holder of `key` can show anything that was revoked up to `epoch`, by force where it must be.
+    ///
+    /// # Errors
+    /// `RevocationIncomplete`, which names the holders that may.
+    pub(super) fn clear_holders(&self, key: Uuid, epoch: u64) -> Result<(), KmsError> {
+        let mut stuck = Vec::new();
+        // Again for those that have taken over what others left behind.
+        loop {
+            let holders: Vec<_> = self
+                .sessions
+                .holders(Some(key))
+                .into_iter()
+                .filter(|holder| !holder.is_cleared(epoch) && !stuck.iter().any(|(id, _)| *id == holder.id))
+                .collect();
+            if holders.is_empty() {
+                break;
+            }
+            let outcomes = std::thread::scope(|scope| {
+                let threads: Vec<_> = holders
+                    .iter()
+                    .map(|holder| {
+                        scope.spawn(|| {
+                            let deadline_ms =
+                                u64::from(holder.facts.drain_max_ms.min(DRAIN_MAX_MS)) + GRACE_MS;
+                            self.clear(holder, epoch, deadline_ms)
+                        })
+                    })
+                    .collect();
+                threads
+                    .into_iter()
+                    .map(|thread| thread.join())
+                    .collect::<Vec<_>>()
+            });
+            for (holder, outcome) in holders.iter().zip(outcomes) {
+                let why = match outcome {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(why)) => why,
+                    Err(_) => "kmsd failed; see its log",
+                };
+                stuck.push((holder.id, format!("{}: {why}", describe(holder))));
+            }
+        }
+        if stuck.is_empty() {
+            return Ok(());
+        }
+        let holders: Vec<_> = stuck.into_iter().map(|(_, text)| text).collect();
+        Err(KmsError::new(
+            Code::RevocationIncomplete,
+            format!(
+                "the key is revoked, and gives nothing to anybody, but what was read before may still be shown by {}",
+                holders.join("; ")
+            ),
+        ))
+    }
+
+    /// Makes one holder let go of what was revoked up to `epoch`.
+    fn clear(&self, holder: &Session, epoch: u64, patience_ms: u64) -> Result<(), &'static str> {
+        let _one_at_a_time = holder.clearing.lock();
+        let mut clearing = Clearing::of(epoch);
+        let mut deadline = self.clock.boot_ms().saturating_add(patience_ms);
+        loop {
+            let changes = self.sessions.changes();
+            if holder.is_over() {
+                return Ok(());
+            }
+            let step = clearing.next(&self.see(holder, deadline));
+            let mount = holder.mount();
+            let went_well = match step {
+                Step::Wait => {
+                    self.sessions.wait(changes, LOOK_AGAIN);
+                    continue;
+                }
+                Step::Done(cleared) => {
+                    tracing::info!(holder = %describe(holder), epoch, ?cleared, "a holder let go");
+                    if cleared == super::clearing::Cleared::Acknowledged {
+                        holder.note_cleared(epoch);
+                    } else {
+                        self.end_session(holder);
+                    }
+                    return Ok(());
+                }
+                Step::Stuck(stuck) => return Err(stuck.as_str()),
+                Step::Invalidate => bounded(mount, |reach| reach.invalidate()),
+                Step::Kill => {
+                    tracing::warn!(holder = %describe(holder), epoch, "a holder that does not let go is ended");
+                    deadline = self.clock.boot_ms().saturating_add(EXIT_MAX_MS);
+                    holder.process().is_none_or(|process| {
+                        process
+                            .kill()
+                            .inspect_err(|error| tracing::error!(%error, "it cannot be killed"))
+                            .is_ok()
+                    })
+                }
+                Step::Bury => bounded(mount, |reach| {
+                    // Without an end to it, dirty pages would wait for a server that is gone.
+                    reach.abort()?;
+                    reach.invalidate()?;
+                    reach.invalidate()
+                }),
+            };
+            clearing.did(step, went_well);
+        }
+    }
+
+    fn see(&self, holder: &Session, deadline: u64) -> Seen {
+        // The exit first: what a living process does to its mount is seen by what is asked after it.
+        let has_exited = holder.process().is_none_or(|process| process.has_exited());
+        let mount = holder.mount();
+        Seen {
+            acknowledged: holder.acknowledged(),
+            has_exited,
+            cache: match (mount.reach, mount.minor) {
+                (Some(reach), _) if !reach.is_gone() => Cache::Reachable,
+                (None, Some(minor)) if may_be_mounted(minor) => Cache::OutOfReach,
+                _ => Cache::Nothing,
+            },
+            is_overdue: self.clock.boot_ms() >= deadline,
+        }
+    }
+
+    /// Has every holder of a key told, once more, that it is revoked.
+    pub(super) fn tell_again(&self, key: Uuid, state: kms_api::proto::KeyState, epoch: u64) {
+        // Nobody may be watching.
+        let _ = self.events.send(KeyEvent {
+            key_id: key,
+            state,
+            revocation_epoch: epoch,
+        });
+    }
+}
+
+/// Does something to a mount's cache that may block in the kernel for ever. Whether it was done.
+fn bounded(mount: Mount, act: impl FnOnce(&dyn Reach) -> Result<(), String> + Send + 'static) -> bool {
+    let Some(reach) = mount.reach else {
+        return false;
+    };
+    match within(INVALIDATION_MAX, move || act(&*reach)) {
+        Some(Ok(())) => true,
+        Some(Err(error)) => {
+            tracing::warn!(error, "a mount's cache");
+            false
+        }
+        None => {
+            tracing::warn!("the kernel did not drop a mount's cache in time");
+            false
+        }
+    }
+}
+
+/// A holder in words.
+fn describe(holder: &Session) -> String {
+    let Facts { owner, volume, .. } = &holder.facts;
+    let device = holder
+        .mount()
+        .minor
+        .map(|minor| format!(", device 0:{minor}"))
+        .unwrap_or_default();
+    format!(
+        "process {} of uid {} (volume {volume}{device})",
+        owner.pid, owner.uid
+    )
+}
