@@ -8,6 +8,7 @@ mod attributes;
 mod crash;
 mod directories;
 mod errors;
+mod fencing;
 mod files;
 mod fsck;
 mod handles;

@@ -219,6 +219,26 @@ impl World {
         assert!(!self.log().contains("refers to the volume still"));
     }
 
+    pub fn mount_pid(&self) -> u32 {
+        self.mount.as_ref().unwrap().id()
+    }
+
+    pub fn key_state(&self) -> String {
+        let described = self.kmsctl(&["describe-key", "--key-id", &self.key]).unwrap();
+        described["KeyMetadata"]["KeyState"].as_str().unwrap().to_owned()
+    }
+
+    /// Unmounts lazily.
+    pub fn detach(&self) {
+        detach(&self.mnt());
+    }
+
+    /// Takes a mount that nobody serves any more out of the tree.
+    pub fn clear_mountpoint(&self) {
+        self.detach();
+        assert!(!self.is_mounted());
+    }
+
     /// Sends a signal to the mounting process.
     pub fn signal_mount(&self, signal: i32) {
         send(self.mount.as_ref().unwrap(), signal);
