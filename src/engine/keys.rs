@@ -5,11 +5,9 @@ use super::format::chunk::Seal;
 use super::format::dirent::CHAIN_BITS;
 use super::format::rowkey::{Family, Table};
 use super::types::{Domain, Ino};
-use hmac::{Hmac, KeyInit, Mac};
 use kms_crypto::{
-    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive,
+    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, TAG_LEN, Tag, derive,
 };
-use sha2::Sha256;
 
 /// Prefix of all authenticated data: product, format version, and what is sealed.
 const RECORD: &[u8; 8] = b"cmkfs\x01r\x01";
@@ -24,7 +22,7 @@ pub(crate) struct DomainKeys {
     volume: [u8; 16],
     domain: Domain,
     records: Sealer,
-    names: SecretKey,
+    names: Prf,
     nonces: NonceSource,
 }
 
@@ -41,8 +39,8 @@ impl DomainKeys {
         Ok(Self {
             volume,
             domain,
-            records: Sealer::new(&derive(vk, salt, Label::VolumeRecords { domain: domain.0 })),
-            names: derive(vk, salt, Label::VolumeNames { domain: domain.0 }),
+            records: Sealer::new(derive(vk, salt, Label::VolumeRecords { domain: domain.0 })),
+            names: Prf::new(derive(vk, salt, Label::VolumeNames { domain: domain.0 })),
             nonces: NonceSource::new().map_err(|error| crypto_failure(&error))?,
         })
     }
@@ -115,12 +113,7 @@ impl DomainKeys {
 
     /// The first place of a name's chain: 56 bits of HMAC-SHA-256, never 0, above the index bits.
     pub(crate) fn first_place(&self, table: Table, ino: Ino, name: &[u8]) -> Result<u64> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(self.names.expose())
-            .map_err(|_| crypto_failure(&CryptoError::Authentication))?;
-        mac.update(&[table as u8]);
-        mac.update(&ino.0.to_be_bytes());
-        mac.update(name);
-        let digest = mac.finalize().into_bytes();
+        let digest = self.names.of(&[&[table as u8], &ino.0.to_be_bytes(), name]);
         let prf = digest
             .first_chunk::<8>()
             .map_or(1, |bytes| u64::from_be_bytes(*bytes) >> 8);
@@ -136,7 +129,7 @@ impl FileKey {
         Self {
             volume,
             ino,
-            sealer: Sealer::new(&derive(dek, KeySalt(&volume), label)),
+            sealer: Sealer::new(derive(dek, KeySalt(&volume), label)),
         }
     }
 

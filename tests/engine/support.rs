@@ -39,7 +39,7 @@ impl FakeKms {
     pub fn new(seed: u8) -> Self {
         let master = key_of([seed; 32]);
         Self {
-            sealer: Sealer::new(&derive(
+            sealer: Sealer::new(derive(
                 &master,
                 KeySalt(&[seed]),
                 Label::VolumeRecords { domain: 0 },

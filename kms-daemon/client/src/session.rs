@@ -194,7 +194,7 @@ impl Session {
                 &answer.nonce,
                 &binding,
                 &vec![true; blobs.len()],
-                answer.sealed_keys,
+                &answer.sealed_keys,
             )
             .map_err(untrusted)?;
         answer
@@ -238,7 +238,7 @@ impl Session {
         };
         let keys = self
             .key
-            .open(&answer.nonce, &binding, &flags, answer.sealed_keys)
+            .open(&answer.nonce, &binding, &flags, &answer.sealed_keys)
             .map_err(untrusted)?;
         keys.into_iter()
             .zip(&answer.errors)
