@@ -12,6 +12,8 @@ mod files;
 mod fsck;
 mod handles;
 mod locks;
+#[path = "../common/memory.rs"]
+mod memory;
 mod names;
 mod posix;
 mod privacy;
@@ -21,6 +23,7 @@ mod program;
 mod random;
 mod remount;
 mod revocation;
+mod secrecy;
 mod status;
 mod times;
 mod twin;

@@ -102,7 +102,7 @@ impl World {
         self.mnt().join(name)
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.path("kmsd.sock")
     }
 
@@ -197,6 +197,16 @@ impl World {
         let scratch = self.path("");
         let ours = |line: &str| line.contains(scratch.to_str().unwrap()) && line.contains(" fuse.cmkfs ");
         table.lines().any(ours)
+    }
+
+    /// The process that serves the mount.
+    pub fn mount_pid(&self) -> u32 {
+        self.mount.as_ref().unwrap().id()
+    }
+
+    /// The key management service.
+    pub fn kmsd_pid(&self) -> u32 {
+        self.kmsd.as_ref().unwrap().id()
     }
 
     /// What the mounting process logged.

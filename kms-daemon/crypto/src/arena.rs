@@ -159,7 +159,10 @@ unsafe impl<const N: usize> Sync for Secret<N> {}
 
 impl<const N: usize> Secret<N> {
     const CLASS: usize = {
-        assert!(N > 0 && N <= SECRET_BYTES_MAX, "the arena has slots of 1 to 16,384 bytes");
+        assert!(
+            N > 0 && N <= SECRET_BYTES_MAX,
+            "the arena has slots of 1 to 16,384 bytes"
+        );
         (Self::SLOT_BYTES / SLOT_BYTES_MIN).ilog2() as usize
     };
     const SLOT_BYTES: usize = if N <= SLOT_BYTES_MIN {

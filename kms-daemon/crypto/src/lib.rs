@@ -9,6 +9,7 @@ mod nonce;
 mod prf;
 mod seal;
 mod secret;
+mod wiping;
 
 pub use arena::{
     ARENA_BYTES_MAX, Secret, arena_bytes, is_memory_protected, on_unprotected_memory, wipe_stack,
@@ -18,6 +19,7 @@ pub use nonce::{NONCE_LEN, Nonce, NonceSource};
 pub use prf::{PRF_LEN, Prf};
 pub use seal::{Sealer, TAG_LEN, Tag};
 pub use secret::{KEY_LEN, SecretKey};
+pub use wiping::WipingAllocator;
 
 /// Why a primitive failed. No variant carries key material, plaintext or the position of a mismatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -1,7 +1,7 @@
 //! HMAC-SHA-256 (RFC 2104) as a pseudorandom function.
 
-use crate::arena::wipe_stack;
 use crate::SecretKey;
+use crate::arena::wipe_stack;
 use hmac::digest::array::Array;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;

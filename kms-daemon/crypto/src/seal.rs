@@ -2,8 +2,8 @@
 
 use crate::arena::wipe_stack;
 use crate::{CryptoError, Nonce, SecretKey};
-use aes_gcm_siv::aead::{AeadInOut, KeyInit};
 use aes_gcm_siv::AesGcmSiv;
+use aes_gcm_siv::aead::{AeadInOut, KeyInit};
 use aes_gcm_siv::aes::Aes256Enc;
 
 /// Length of an authentication tag, in bytes.

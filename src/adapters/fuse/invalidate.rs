@@ -3,6 +3,7 @@
 //! Invalidation writes dirty pages back first, through requests that a FUSE loop has to answer: it is never done on
 //! one.
 
+use super::residue::Residue;
 use crate::engine::{CacheObserver, Error, Ino, Seek, Volume};
 use fuser::{Errno, INodeNo, Notifier, ReplyLseek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,17 +15,24 @@ use std::thread::JoinHandle;
 const LAUNDRY_MAX: usize = 256;
 
 /// Drops what the kernel caches when the volume goes dark.
-pub(super) struct Purger(pub(super) Notifier);
+pub(super) struct Purger {
+    pub(super) notifier: Notifier,
+    pub(super) residue: Arc<Residue>,
+}
 
 impl CacheObserver for Purger {
     fn purge(&self, inodes: &[Ino]) {
         // Attributes first: once they are expired, new write(2) calls ask and are refused.
         for ino in inodes {
-            expire_attributes(&self.0, *ino);
+            expire_attributes(&self.notifier, *ino);
         }
         for ino in inodes {
-            drop_pages(&self.0, *ino);
+            drop_pages(&self.notifier, *ino);
         }
+    }
+
+    fn wipe(&self) {
+        self.residue.wipe_all();
     }
 }
 

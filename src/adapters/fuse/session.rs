@@ -4,6 +4,7 @@ use super::filesystem::CmkFs;
 use super::invalidate::{Laundry, Purger};
 use super::mount::{MountFlags, mount, unmount};
 use super::mountinfo::{self, Device};
+use super::residue::Residue;
 use crate::engine::Volume;
 use fuser::{Config, Session, SessionACL};
 use parking_lot::RwLock;
@@ -140,13 +141,22 @@ impl Mounted {
         cache: CacheMode,
     ) -> Result<Self> {
         let laundry = Arc::new(RwLock::new(None));
-        let filesystem = CmkFs::new(Arc::clone(volume), cache, Arc::clone(&laundry));
+        let residue = Arc::new(Residue::new(place.mountpoint.clone(), LOOPS));
+        let filesystem = CmkFs::new(
+            Arc::clone(volume),
+            cache,
+            Arc::clone(&laundry),
+            Arc::clone(&residue),
+        );
         let mut config = Config::default();
         config.n_threads = Some(LOOPS);
         config.clone_fd = true;
         config.acl = SessionACL::All;
         let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
-        volume.set_observer(Arc::new(Purger(session.notifier())));
+        volume.set_observer(Arc::new(Purger {
+            notifier: session.notifier(),
+            residue,
+        }));
         let (cleaner, laundering) = Laundry::start(Arc::clone(volume), session.notifier())?;
         *laundry.write() = Some(cleaner);
         let broken = (Arc::clone(breaker), Arc::clone(volume), Arc::clone(&laundry));
