@@ -6,7 +6,8 @@ use super::format::dirent::CHAIN_BITS;
 use super::format::rowkey::{Family, Table};
 use super::types::{Domain, Ino};
 use kms_crypto::{
-    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, TAG_LEN, Tag, derive,
+    Batch, CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, TAG_LEN, Tag,
+    derive,
 };
 
 /// Prefix of all authenticated data: product, format version, and what is sealed.
@@ -31,6 +32,12 @@ pub(crate) struct FileKey {
     volume: [u8; 16],
     ino: Ino,
     sealer: Sealer,
+}
+
+/// The same with its key schedule, for one thread and a few blocks; wiped on drop.
+pub(crate) struct BlockKey<'k> {
+    file: &'k FileKey,
+    batch: Batch<'k>,
 }
 
 impl DomainKeys {
@@ -133,24 +140,12 @@ impl FileKey {
         }
     }
 
-    /// Seals a block in place. A full block has the same form in a slot and inline, so that draining needs no key.
-    pub(crate) fn seal(&self, nonce: Nonce, block: u64, data: &mut [u8]) -> Result<Seal> {
-        let aad = self.aad(block, data.len());
-        let tag = self
-            .sealer
-            .seal(nonce, &aad, data)
-            .map_err(|error| crypto_failure(&error))?;
-        Ok(Seal { nonce, tag })
-    }
-
-    /// Opens a block in place; on failure its bytes are zeroed.
-    pub(crate) fn open(&self, seal: Seal, block: u64, data: &mut [u8]) -> Result<()> {
-        let aad = self.aad(block, data.len());
-        self.sealer
-            .open(seal.nonce, &aad, data, seal.tag)
-            .map_err(|_| Error::Corrupt {
-                what: format!("block {block} of inode {}", self.ino.0),
-            })
+    /// For the blocks of one request.
+    pub(crate) fn blocks(&self) -> BlockKey<'_> {
+        BlockKey {
+            file: self,
+            batch: self.sealer.batch(),
+        }
     }
 
     fn aad(&self, block: u64, length: usize) -> [u8; 44] {
@@ -172,6 +167,28 @@ impl FileKey {
             rest = tail;
         }
         aad
+    }
+}
+
+impl BlockKey<'_> {
+    /// Seals a block in place. A full block has the same form in a slot and inline, so that draining needs no key.
+    pub(crate) fn seal(&self, nonce: Nonce, block: u64, data: &mut [u8]) -> Result<Seal> {
+        let aad = self.file.aad(block, data.len());
+        let tag = self
+            .batch
+            .seal(nonce, &aad, data)
+            .map_err(|error| crypto_failure(&error))?;
+        Ok(Seal { nonce, tag })
+    }
+
+    /// Opens a block in place; on failure its bytes are zeroed.
+    pub(crate) fn open(&self, seal: Seal, block: u64, data: &mut [u8]) -> Result<()> {
+        let aad = self.file.aad(block, data.len());
+        self.batch
+            .open(seal.nonce, &aad, data, seal.tag)
+            .map_err(|_| Error::Corrupt {
+                what: format!("block {block} of inode {}", self.file.ino.0),
+            })
     }
 }
 

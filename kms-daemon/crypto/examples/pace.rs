@@ -44,12 +44,23 @@ fn main() {
             sealer.open(nonce, &aad, black_box(&mut block), tag).unwrap();
         });
         println!("{size:>5} bytes: seal {seal:.0}, open {:.0}", open - copy);
+        let batches = median(10, || {
+            let batch = sealer.batch();
+            for _ in 0..32 {
+                black_box(batch.seal(nonces.next().unwrap(), &aad, &mut block).unwrap());
+            }
+        });
+        println!("{size:>5} bytes, 32 in a batch: seal {:.0}", batches / 32.0);
     }
     let derived = median(50, || {
         black_box(derive(&key, KeySalt(&aad), Label::Blob));
     });
     let filled = median(200, || {
-        black_box(SecretKey::fill_with(|bytes| Ok::<(), ()>(bytes[0] = 1)).unwrap());
+        let fill = |bytes: &mut [u8; 32]| {
+            bytes[0] = 1;
+            Ok::<(), ()>(())
+        };
+        black_box(SecretKey::fill_with(fill).unwrap());
     });
     println!("derive {derived:.0}, key {filled:.0}");
 }

@@ -17,7 +17,7 @@ pub use arena::{
 pub use kdf::{KeySalt, Label, derive};
 pub use nonce::{NONCE_LEN, Nonce, NonceSource};
 pub use prf::{PRF_LEN, Prf};
-pub use seal::{Sealer, TAG_LEN, Tag};
+pub use seal::{Batch, Sealer, TAG_LEN, Tag};
 pub use secret::{KEY_LEN, SecretKey};
 pub use wiping::WipingAllocator;
 

@@ -20,7 +20,7 @@ const STACK_BYTES: usize = 6144;
 type Cipher = AesGcmSiv<Aes256Enc>;
 
 /// Seals and opens under one key. The key alone is kept, in the arena: its schedule takes the processor as long as
-/// fetching it from memory would, is four to thirty times as large, and is made for each call, and wiped.
+/// fetching it from memory would, is four to thirty times as large, and is made for each use, and wiped.
 pub struct Sealer(SecretKey);
 
 impl Sealer {
@@ -30,14 +30,22 @@ impl Sealer {
         Self(key)
     }
 
+    /// For several calls one after the other, on one thread: the key schedule is made once.
+    #[must_use]
+    #[inline(never)]
+    pub fn batch(&self) -> Batch<'_> {
+        Batch {
+            cipher: Cipher::new(self.0.expose().into()),
+            _sealer: self,
+        }
+    }
+
     /// Encrypts `buffer` in place and authenticates it together with `aad`.
     ///
     /// # Errors
     /// [`CryptoError::TooLong`] past the limits of RFC 8452; the buffer is then to be thrown away.
     pub fn seal(&self, nonce: Nonce, aad: &[u8], buffer: &mut [u8]) -> Result<Tag, CryptoError> {
-        let sealed = self.encrypt(nonce, aad, buffer);
-        wipe_stack::<STACK_BYTES>();
-        sealed
+        self.batch().seal(nonce, aad, buffer)
     }
 
     /// Decrypts `buffer` in place if it, `aad`, `nonce` and `tag` are what was sealed.
@@ -45,26 +53,39 @@ impl Sealer {
     /// # Errors
     /// [`CryptoError::Authentication`] for every difference alike; the buffer is then zeroed.
     pub fn open(&self, nonce: Nonce, aad: &[u8], buffer: &mut [u8], tag: Tag) -> Result<(), CryptoError> {
-        let opened = self.decrypt(nonce, aad, buffer, tag);
-        wipe_stack::<STACK_BYTES>();
-        opened
+        self.batch().open(nonce, aad, buffer, tag)
     }
+}
 
-    // The calls of the library have frames of their own, below which nothing else lies when they are wiped.
+/// A [`Sealer`] with its key schedule, for a few calls; both it and what the calls left on the stack are wiped on drop.
+pub struct Batch<'s> {
+    cipher: Cipher,
+    _sealer: &'s Sealer,
+}
 
+// The calls of the library have frames of their own, below whoever holds a batch: there they are wiped.
+impl Batch<'_> {
+    /// As [`Sealer::seal`].
+    ///
+    /// # Errors
+    /// [`CryptoError::TooLong`]
     #[inline(never)]
-    fn encrypt(&self, nonce: Nonce, aad: &[u8], buffer: &mut [u8]) -> Result<Tag, CryptoError> {
+    pub fn seal(&self, nonce: Nonce, aad: &[u8], buffer: &mut [u8]) -> Result<Tag, CryptoError> {
         let tag = self
-            .cipher()
+            .cipher
             .encrypt_inout_detached(&nonce.0.into(), aad, buffer.into())
             .map_err(|_| CryptoError::TooLong)?;
         Ok(Tag(tag.into()))
     }
 
+    /// As [`Sealer::open`].
+    ///
+    /// # Errors
+    /// [`CryptoError::Authentication`]
     #[inline(never)]
-    fn decrypt(&self, nonce: Nonce, aad: &[u8], buffer: &mut [u8], tag: Tag) -> Result<(), CryptoError> {
+    pub fn open(&self, nonce: Nonce, aad: &[u8], buffer: &mut [u8], tag: Tag) -> Result<(), CryptoError> {
         let opened =
-            self.cipher()
+            self.cipher
                 .decrypt_inout_detached(&nonce.0.into(), aad, (&mut *buffer).into(), &tag.0.into());
         // GCM-SIV decrypts before it can check: unauthenticated plaintext must not stay in the caller's buffer.
         opened.map_err(|_| {
@@ -72,9 +93,12 @@ impl Sealer {
             CryptoError::Authentication
         })
     }
+}
 
-    fn cipher(&self) -> Cipher {
-        Cipher::new(self.0.expose().into())
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        // The schedule itself is wiped by the library.
+        wipe_stack::<STACK_BYTES>();
     }
 }
 
