@@ -91,7 +91,7 @@ impl<'a> Blob<'a> {
 }
 
 fn sealer(material: &SecretKey, random: &[u8]) -> Sealer {
-    Sealer::new(&derive(material, KeySalt(random), Label::Blob))
+    Sealer::new(derive(material, KeySalt(random), Label::Blob))
 }
 
 fn aad(head: &[u8], context: &EncryptionContext) -> Vec<u8> {

@@ -2,8 +2,8 @@
 
 use crate::home::{HomeError, write_new};
 use kms_crypto::{
-    CryptoError, KEY_LEN, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag,
-    derive,
+    CryptoError, KEY_LEN, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, Secret, SecretKey, TAG_LEN,
+    Tag, derive,
 };
 use std::fs::File;
 use std::io::Read;
@@ -126,7 +126,10 @@ impl RootSlot for FileRootSlot {
         let format = || SlotError::Format(self.path.clone());
         let kek = bytes.get(SLOT_HEADER_LEN..).ok_or_else(format)?;
         SecretKey::fill_with(|out| {
-            *out = kek.try_into().map_err(|_| format())?;
+            if kek.len() != out.len() {
+                return Err(format());
+            }
+            out.copy_from_slice(kek);
             Ok(())
         })
     }
@@ -142,10 +145,11 @@ pub(crate) fn seal_root(
     let (keystore_id, epoch) = slot;
     let mut bytes = Zeroizing::new(root_header(keystore_id, epoch).to_vec());
     let nonce = NonceSource::new()?.next()?;
-    let mut sealed = Zeroizing::new(*root.expose());
-    let tag = root_sealer(kek, keystore_id).seal(nonce, &bytes, sealed.as_mut_slice())?;
+    let mut sealed = Secret::<KEY_LEN>::zeroed();
+    sealed.expose_mut().copy_from_slice(root.expose());
+    let tag = root_sealer(kek, keystore_id).seal(nonce, &bytes, sealed.expose_mut())?;
     bytes.extend_from_slice(&nonce.0);
-    bytes.extend_from_slice(sealed.as_slice());
+    bytes.extend_from_slice(sealed.expose());
     bytes.extend_from_slice(&tag.0);
     Ok(write_new(path, &bytes)?)
 }
@@ -170,7 +174,7 @@ pub(crate) fn open_root(path: &Path, slot: &dyn RootSlot) -> Result<SecretKey, S
 }
 
 fn root_sealer(kek: &SecretKey, keystore_id: Uuid) -> Sealer {
-    Sealer::new(&derive(kek, KeySalt(keystore_id.as_bytes()), Label::KeystoreRoot))
+    Sealer::new(derive(kek, KeySalt(keystore_id.as_bytes()), Label::KeystoreRoot))
 }
 
 fn slot_header(keystore_id: Uuid, epoch: u64) -> [u8; SLOT_HEADER_LEN] {

@@ -2,16 +2,14 @@
 //! left out unnoticed. docs/kms-format.md gives the bytes.
 
 use crate::slot::RootSlot;
-use hmac::{Hmac, KeyInit, Mac};
 use kms_crypto::{
-    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive,
+    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, TAG_LEN, Tag, derive,
 };
 use parking_lot::{RwLock, RwLockReadGuard};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
     Direction, IteratorMode, Options, WriteBatch, WriteOptions,
 };
-use sha2::Sha256;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use zeroize::Zeroizing;
@@ -109,8 +107,8 @@ pub struct Store {
     epoch: u64,
     metadata: Sealer,
     material: Sealer,
-    names: Hmac<Sha256>,
-    row_set: Hmac<Sha256>,
+    names: Prf,
+    row_set: Prf,
     nonces: NonceSource,
 }
 
@@ -132,10 +130,10 @@ impl Store {
             path: path.to_owned(),
             keystore_id,
             epoch: slot.epoch(),
-            metadata: Sealer::new(&key(Label::KeystoreMetadata)),
-            material: Sealer::new(&key(Label::KeystoreMaterial)),
-            names: prf(&key(Label::KeystoreNames))?,
-            row_set: prf(&key(Label::KeystoreRowSet))?,
+            metadata: Sealer::new(key(Label::KeystoreMetadata)),
+            material: Sealer::new(key(Label::KeystoreMaterial)),
+            names: Prf::new(key(Label::KeystoreNames)),
+            row_set: Prf::new(key(Label::KeystoreRowSet)),
             nonces: NonceSource::new()?,
         })
     }
@@ -155,9 +153,7 @@ impl Store {
     /// A row key that says nothing about `name` to whoever lacks the root key.
     #[must_use]
     pub fn hidden_name(&self, name: &str) -> Vec<u8> {
-        let mut prf = self.names.clone();
-        prf.update(name.as_bytes());
-        prf.finalize().into_bytes().to_vec()
+        self.names.of(&[name.as_bytes()]).to_vec()
     }
 
     /// One row, opened.
@@ -303,9 +299,10 @@ impl Store {
     }
 
     fn element(&self, table: Table, full_key: &[u8], value: &[u8]) -> RowSet {
-        let mut prf = self.row_set.clone();
-        prf.update(&length_prefixed(&[table.name().as_bytes(), full_key, value]));
-        RowSet(prf.finalize().into_bytes().into())
+        RowSet(
+            self.row_set
+                .of(&[&length_prefixed(&[table.name().as_bytes(), full_key, value])]),
+        )
     }
 
     fn full_key(&self, key: &[u8]) -> Vec<u8> {
@@ -413,11 +410,6 @@ fn open_database(path: &Path, create: bool) -> Result<DB, rocksdb::Error> {
     options.set_stats_dump_period_sec(0);
     options.set_max_open_files(64);
     DB::open_cf_descriptors(&options, path, families)
-}
-
-fn prf(key: &SecretKey) -> Result<Hmac<Sha256>, CryptoError> {
-    // HMAC takes a key of any length; the error is only in the type.
-    Hmac::<Sha256>::new_from_slice(key.expose()).map_err(|_| CryptoError::TooLong)
 }
 
 fn family_options() -> Options {

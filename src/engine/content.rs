@@ -88,6 +88,7 @@ impl Incoming {
 
     /// Seals the blocks that are overwritten whole, which needs no lock.
     fn seal_whole_blocks(&mut self, access: &Access<'_>, key: &FileKey) -> Result<()> {
+        let key = key.blocks();
         let blocks = self
             .buffer
             .chunks_exact_mut(BLOCK)
@@ -201,6 +202,7 @@ impl Access<'_> {
         let is_slot = |index: usize| matches!(view.block(index), Block::Slot(_));
         let end = start + into.len() / BLOCK;
         let mut index = start;
+        let key = key.blocks();
         while index < end {
             let alike = (index..end)
                 .take_while(|other| is_slot(*other) == is_slot(index))
@@ -372,7 +374,10 @@ impl Access<'_> {
             .clamp(1, BLOCK_U64);
         let length = if small { left as usize } else { BLOCK };
         let body = data.get_mut(..length).unwrap_or_default();
-        Ok((key.seal(self.keys().nonce()?, number, body)?, length as u16))
+        Ok((
+            key.blocks().seal(self.keys().nonce()?, number, body)?,
+            length as u16,
+        ))
     }
 
     /// Places sealed blocks chunk by chunk; says how many blocks were placed, and what stopped it.

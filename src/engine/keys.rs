@@ -5,11 +5,10 @@ use super::format::chunk::Seal;
 use super::format::dirent::CHAIN_BITS;
 use super::format::rowkey::{Family, Table};
 use super::types::{Domain, Ino};
-use hmac::{Hmac, KeyInit, Mac};
 use kms_crypto::{
-    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive,
+    Batch, CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, TAG_LEN, Tag,
+    derive,
 };
-use sha2::Sha256;
 
 /// Prefix of all authenticated data: product, format version, and what is sealed.
 const RECORD: &[u8; 8] = b"cmkfs\x01r\x01";
@@ -24,7 +23,7 @@ pub(crate) struct DomainKeys {
     volume: [u8; 16],
     domain: Domain,
     records: Sealer,
-    names: SecretKey,
+    names: Prf,
     nonces: NonceSource,
 }
 
@@ -35,14 +34,20 @@ pub(crate) struct FileKey {
     sealer: Sealer,
 }
 
+/// The same with its key schedule, for one thread and a few blocks; wiped on drop.
+pub(crate) struct BlockKey<'k> {
+    file: &'k FileKey,
+    batch: Batch<'k>,
+}
+
 impl DomainKeys {
     pub(crate) fn new(vk: &SecretKey, volume: [u8; 16], domain: Domain) -> Result<Self> {
         let salt = KeySalt(&volume);
         Ok(Self {
             volume,
             domain,
-            records: Sealer::new(&derive(vk, salt, Label::VolumeRecords { domain: domain.0 })),
-            names: derive(vk, salt, Label::VolumeNames { domain: domain.0 }),
+            records: Sealer::new(derive(vk, salt, Label::VolumeRecords { domain: domain.0 })),
+            names: Prf::new(derive(vk, salt, Label::VolumeNames { domain: domain.0 })),
             nonces: NonceSource::new().map_err(|error| crypto_failure(&error))?,
         })
     }
@@ -115,12 +120,7 @@ impl DomainKeys {
 
     /// The first place of a name's chain: 56 bits of HMAC-SHA-256, never 0, above the index bits.
     pub(crate) fn first_place(&self, table: Table, ino: Ino, name: &[u8]) -> Result<u64> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(self.names.expose())
-            .map_err(|_| crypto_failure(&CryptoError::Authentication))?;
-        mac.update(&[table as u8]);
-        mac.update(&ino.0.to_be_bytes());
-        mac.update(name);
-        let digest = mac.finalize().into_bytes();
+        let digest = self.names.of(&[&[table as u8], &ino.0.to_be_bytes(), name]);
         let prf = digest
             .first_chunk::<8>()
             .map_or(1, |bytes| u64::from_be_bytes(*bytes) >> 8);
@@ -136,28 +136,16 @@ impl FileKey {
         Self {
             volume,
             ino,
-            sealer: Sealer::new(&derive(dek, KeySalt(&volume), label)),
+            sealer: Sealer::new(derive(dek, KeySalt(&volume), label)),
         }
     }
 
-    /// Seals a block in place. A full block has the same form in a slot and inline, so that draining needs no key.
-    pub(crate) fn seal(&self, nonce: Nonce, block: u64, data: &mut [u8]) -> Result<Seal> {
-        let aad = self.aad(block, data.len());
-        let tag = self
-            .sealer
-            .seal(nonce, &aad, data)
-            .map_err(|error| crypto_failure(&error))?;
-        Ok(Seal { nonce, tag })
-    }
-
-    /// Opens a block in place; on failure its bytes are zeroed.
-    pub(crate) fn open(&self, seal: Seal, block: u64, data: &mut [u8]) -> Result<()> {
-        let aad = self.aad(block, data.len());
-        self.sealer
-            .open(seal.nonce, &aad, data, seal.tag)
-            .map_err(|_| Error::Corrupt {
-                what: format!("block {block} of inode {}", self.ino.0),
-            })
+    /// For the blocks of one request.
+    pub(crate) fn blocks(&self) -> BlockKey<'_> {
+        BlockKey {
+            file: self,
+            batch: self.sealer.batch(),
+        }
     }
 
     fn aad(&self, block: u64, length: usize) -> [u8; 44] {
@@ -179,6 +167,28 @@ impl FileKey {
             rest = tail;
         }
         aad
+    }
+}
+
+impl BlockKey<'_> {
+    /// Seals a block in place. A full block has the same form in a slot and inline, so that draining needs no key.
+    pub(crate) fn seal(&self, nonce: Nonce, block: u64, data: &mut [u8]) -> Result<Seal> {
+        let aad = self.file.aad(block, data.len());
+        let tag = self
+            .batch
+            .seal(nonce, &aad, data)
+            .map_err(|error| crypto_failure(&error))?;
+        Ok(Seal { nonce, tag })
+    }
+
+    /// Opens a block in place; on failure its bytes are zeroed.
+    pub(crate) fn open(&self, seal: Seal, block: u64, data: &mut [u8]) -> Result<()> {
+        let aad = self.file.aad(block, data.len());
+        self.batch
+            .open(seal.nonce, &aad, data, seal.tag)
+            .map_err(|_| Error::Corrupt {
+                what: format!("block {block} of inode {}", self.file.ino.0),
+            })
     }
 }
 

@@ -103,6 +103,10 @@ pub trait CacheObserver: Send + Sync {
     /// Drop every page, attribute and name that the kernel caches of these inodes. Called from a thread that serves
     /// no request and holds no lock; WRITEs that it provokes are still accepted.
     fn purge(&self, inodes: &[Ino]);
+
+    /// Wipe what past requests left in memory: the volume is dark, and no request shows anything any more. Called as
+    /// [`Self::purge`] is.
+    fn wipe(&self) {}
 }
 
 /// A list of the inodes of which the kernel may cache something, which the KMS can read when this process cannot be asked.

@@ -430,6 +430,10 @@ impl Core {
         self.chunks.clear();
         self.nursery.clear();
         self.purge();
+        let observer = self.observer.lock().clone();
+        if let Some(observer) = observer {
+            observer.wipe();
+        }
     }
 
     fn purge(&self) {

@@ -28,9 +28,12 @@ fn a_disabled_key_darkens_the_volume_and_an_enabled_one_brings_everything_back()
     let bytes = noise(7, 300_000);
     volume.write(file, 0, &bytes).unwrap();
 
-    fixture.kms.set(Answer::Disabled);
-    state_becomes(&volume, KeyState::Revoked);
-    eventually(|| purges.0.lock().unwrap().len() == 2);
+    let epoch = fixture.kms.set(Answer::Disabled);
+    assert!(fixture.kms.acknowledged() < epoch);
+    eventually(|| fixture.kms.acknowledged() == epoch);
+    // What was acknowledged is so already.
+    assert_eq!(volume.status().key_state, KeyState::Revoked);
+    assert_eq!(purges.0.lock().unwrap().len(), 2);
     assert!(
         purges
             .0
@@ -52,6 +55,39 @@ fn a_disabled_key_darkens_the_volume_and_an_enabled_one_brings_everything_back()
     assert_eq!(content(&volume, file).unwrap(), bytes);
     assert_eq!(volume.lookup(Ino::ROOT, b"file").unwrap().ino, file);
     volume.close().unwrap();
+}
+
+/// What comes when the time to drain is over is refused, and no later fsync claims that it was stored.
+#[test]
+fn what_comes_too_late_is_lost_and_said_to_be() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let file = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    fixture.kms.set(Answer::Disabled);
+    state_becomes(&volume, KeyState::Revoked);
+    assert_eq!(volume.write_back(file, 0, b"late"), Err(Error::KeyRevoked));
+    fixture.kms.set(Answer::Enabled);
+    state_becomes(&volume, KeyState::Live);
+    assert_eq!(volume.fsync(file), Err(Error::Poisoned));
+}
+
+#[test]
+fn a_volume_revoked_by_hand_stays_dark_until_that_is_taken_back() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let file = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    volume.write(file, 0, b"content").unwrap();
+    // The KMS is not asked.
+    fixture.kms.set(Answer::Unreachable);
+    volume.revoke_by_hand(true);
+    assert_eq!(volume.read(file, 0, &mut [0; 7]), Err(Error::KeyRevoked));
+    fixture.kms.set(Answer::Enabled);
+    let before = fixture.kms.renewals();
+    eventually(|| fixture.kms.renewals() >= before + 2);
+    assert_eq!(volume.status().key_state, KeyState::Revoked);
+    volume.revoke_by_hand(false);
+    state_becomes(&volume, KeyState::Live);
+    assert_eq!(content(&volume, file).unwrap(), b"content");
 }
 
 #[test]

@@ -42,7 +42,7 @@ impl FakeKms {
     pub fn new(seed: u8) -> Self {
         let master = key_of([seed; 32]);
         Self {
-            sealer: Sealer::new(&derive(
+            sealer: Sealer::new(derive(
                 &master,
                 KeySalt(&[seed]),
                 Label::VolumeRecords { domain: 0 },

@@ -92,7 +92,7 @@ fn holder() {
     };
     let stream = UnixStream::connect(socket).unwrap();
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-    let mut answer = |text: String| writeln!(&stream, "{text}").unwrap();
+    let answer = |text: String| writeln!(&stream, "{text}").unwrap();
     let path = lines.next().unwrap().unwrap();
     let file = File::options().read(true).write(true).open(path).unwrap();
     let map = |how| {

@@ -13,6 +13,8 @@ mod files;
 mod fsck;
 mod handles;
 mod locks;
+#[path = "../common/memory.rs"]
+mod memory;
 mod names;
 mod posix;
 mod privacy;
@@ -22,6 +24,7 @@ mod program;
 mod random;
 mod remount;
 mod revocation;
+mod secrecy;
 mod status;
 mod times;
 mod twin;

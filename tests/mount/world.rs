@@ -102,7 +102,7 @@ impl World {
         self.mnt().join(name)
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.path("kmsd.sock")
     }
 
@@ -199,6 +199,16 @@ impl World {
         table.lines().any(ours)
     }
 
+    /// The process that serves the mount.
+    pub fn mount_pid(&self) -> u32 {
+        self.mount.as_ref().unwrap().id()
+    }
+
+    /// The key management service.
+    pub fn kmsd_pid(&self) -> u32 {
+        self.kmsd.as_ref().unwrap().id()
+    }
+
     /// What the mounting process logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.path("mount.log")).unwrap_or_default()
@@ -217,10 +227,6 @@ impl World {
         let status = self.mount.take().unwrap().wait().unwrap();
         assert!(status.success(), "{status:?}: {}", self.log());
         assert!(!self.log().contains("refers to the volume still"));
-    }
-
-    pub fn mount_pid(&self) -> u32 {
-        self.mount.as_ref().unwrap().id()
     }
 
     pub fn key_state(&self) -> String {

@@ -5,12 +5,11 @@
 //! carries keys is one AES-256-GCM-SIV ciphertext of N x 32 bytes under it, bound to the request it answers.
 
 use kms_crypto::{
-    CryptoError, KEY_LEN, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag,
-    derive,
+    CryptoError, KEY_LEN, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, Secret, SecretKey, TAG_LEN,
+    Tag, derive, wipe_stack,
 };
 use sha2::{Digest, Sha256};
 use x25519_dalek::{PublicKey, StaticSecret};
-use zeroize::Zeroizing;
 
 /// Length of a session id, in bytes.
 pub const SESSION_ID_LEN: usize = 16;
@@ -18,6 +17,9 @@ pub const SESSION_ID_LEN: usize = 16;
 pub const REQUEST_RANDOM_LEN: usize = 16;
 /// Length of an X25519 public key, in bytes.
 pub const PUBLIC_KEY_LEN: usize = 32;
+
+/// Longest answer without its tag: it is sealed and opened in locked memory.
+const ANSWER_BYTES_MAX: usize = crate::BATCH_ITEMS_MAX * KEY_LEN;
 
 /// What the AAD of an answer begins with: these bytes and no other protocol's.
 const ANSWER_LABEL: &[u8] = b"kmsd/1/session-answer";
@@ -70,7 +72,13 @@ pub enum Operation {
 }
 
 /// An X25519 key pair for one session, used for one agreement.
-pub struct KeyPair(StaticSecret);
+pub struct KeyPair {
+    secret: SecretKey,
+    public: [u8; PUBLIC_KEY_LEN],
+}
+
+/// What one operation on the curve may leave on the stack.
+const STACK_BYTES: usize = 16 << 10;
 
 impl KeyPair {
     /// A fresh pair.
@@ -78,14 +86,16 @@ impl KeyPair {
     /// # Errors
     /// [`SessionError::Randomness`] if getrandom(2) gives no bytes.
     pub fn generate() -> Result<Self, SessionError> {
-        let bytes = SecretKey::generate()?;
-        Ok(Self(StaticSecret::from(*bytes.expose())))
+        let secret = SecretKey::generate()?;
+        let public = public_key(&secret);
+        wipe_stack::<STACK_BYTES>();
+        Ok(Self { secret, public })
     }
 
     /// What the peer is sent.
     #[must_use]
     pub fn public(&self) -> [u8; PUBLIC_KEY_LEN] {
-        PublicKey::from(&self.0).to_bytes()
+        self.public
     }
 
     /// The key of session `id` with the peer.
@@ -98,22 +108,37 @@ impl KeyPair {
         id: [u8; SESSION_ID_LEN],
         peer_public: [u8; PUBLIC_KEY_LEN],
     ) -> Result<SessionKey, SessionError> {
-        let shared = self.0.diffie_hellman(&PublicKey::from(peer_public));
-        if !shared.was_contributory() {
-            return Err(SessionError::WeakPublicKey);
-        }
+        let shared = SecretKey::fill_with(|out| shared_secret(&self.secret, peer_public, out));
+        wipe_stack::<STACK_BYTES>();
         let (client, server) = match role {
             Role::Client => (self.public(), peer_public),
             Role::Server => (peer_public, self.public()),
         };
         let salt = [id.as_slice(), &client, &server].concat();
-        let secret = SecretKey::fill_with(|out| {
-            out.copy_from_slice(shared.as_bytes());
-            Ok::<(), SessionError>(())
-        })?;
-        let sealer = Sealer::new(&derive(&secret, KeySalt(&salt), Label::Session));
+        let sealer = Sealer::new(derive(&shared?, KeySalt(&salt), Label::Session));
         Ok(SessionKey { id, sealer })
     }
+}
+
+// Each has a frame of its own, below which nothing else lies when the stack is wiped.
+
+#[inline(never)]
+fn public_key(secret: &SecretKey) -> [u8; PUBLIC_KEY_LEN] {
+    PublicKey::from(&StaticSecret::from(*secret.expose())).to_bytes()
+}
+
+#[inline(never)]
+fn shared_secret(
+    secret: &SecretKey,
+    peer_public: [u8; PUBLIC_KEY_LEN],
+    out: &mut [u8; KEY_LEN],
+) -> Result<(), SessionError> {
+    let shared = StaticSecret::from(*secret.expose()).diffie_hellman(&PublicKey::from(peer_public));
+    if !shared.was_contributory() {
+        return Err(SessionError::WeakPublicKey);
+    }
+    out.copy_from_slice(shared.as_bytes());
+    Ok(())
 }
 
 /// The key of one session; it seals answers on the server and opens them on the client.
@@ -144,7 +169,7 @@ impl SessionKey {
     /// with its tag behind it.
     ///
     /// # Errors
-    /// [`SessionError::Malformed`] if there are not as many keys as blobs; [`SessionError::Randomness`].
+    /// [`SessionError::Malformed`] if there are not as many keys as blobs, or more than a call may ask for; [`SessionError::Randomness`].
     pub fn seal(
         &self,
         nonces: &NonceSource,
@@ -152,18 +177,19 @@ impl SessionKey {
         keys: &[Option<SecretKey>],
     ) -> Result<([u8; NONCE_LEN], Vec<u8>), SessionError> {
         let aad = self.aad(binding, keys.iter().map(Option::is_some))?;
-        let mut plain = Zeroizing::new(Vec::with_capacity(keys.len() * KEY_LEN + TAG_LEN));
-        for key in keys {
-            match key {
-                Some(key) => plain.extend_from_slice(key.expose()),
-                None => plain.extend_from_slice(&[0; KEY_LEN]),
+        let mut answer = Secret::<ANSWER_BYTES_MAX>::zeroed();
+        let text = answer
+            .expose_mut()
+            .get_mut(..keys.len() * KEY_LEN)
+            .ok_or(SessionError::Malformed)?;
+        for (place, key) in text.chunks_exact_mut(KEY_LEN).zip(keys) {
+            if let Some(key) = key {
+                place.copy_from_slice(key.expose());
             }
         }
         let nonce = nonces.next()?;
-        let tag = self.sealer.seal(nonce, &aad, &mut plain)?;
-        plain.extend_from_slice(&tag.0);
-        // It is ciphertext by now; taking it out of its wrapper copies nothing.
-        Ok((nonce.0, std::mem::take(&mut *plain)))
+        let tag = self.sealer.seal(nonce, &aad, text)?;
+        Ok((nonce.0, [&*text, &tag.0].concat()))
     }
 
     /// Opens an answer; `opened` says which items the server says it opened.
@@ -175,17 +201,22 @@ impl SessionKey {
         nonce: &[u8],
         binding: &Binding<'_>,
         opened: &[bool],
-        sealed: Vec<u8>,
+        sealed: &[u8],
     ) -> Result<Vec<Option<SecretKey>>, SessionError> {
         let aad = self.aad(binding, opened.iter().copied())?;
         let nonce = Nonce(nonce.try_into().map_err(|_| SessionError::Malformed)?);
         if sealed.len() != opened.len() * KEY_LEN + TAG_LEN {
             return Err(SessionError::Malformed);
         }
-        let mut buffer = Zeroizing::new(sealed);
-        let (text, tag) = buffer
-            .split_last_chunk_mut::<TAG_LEN>()
+        let (sealed, tag) = sealed
+            .split_last_chunk::<TAG_LEN>()
             .ok_or(SessionError::Malformed)?;
+        let mut answer = Secret::<ANSWER_BYTES_MAX>::zeroed();
+        let text = answer
+            .expose_mut()
+            .get_mut(..sealed.len())
+            .ok_or(SessionError::Malformed)?;
+        text.copy_from_slice(sealed);
         self.sealer.open(nonce, &aad, text, Tag(*tag))?;
         text.chunks_exact(KEY_LEN)
             .zip(opened)
@@ -263,7 +294,7 @@ mod tests {
             .seal(&NonceSource::new().unwrap(), &binding, &keys)
             .unwrap();
         let opened = client
-            .open(&nonce, &binding, &[true, false, true], sealed)
+            .open(&nonce, &binding, &[true, false, true], &sealed)
             .unwrap();
         for (key, opened) in keys.iter().zip(&opened) {
             assert_eq!(
@@ -283,7 +314,7 @@ mod tests {
         let (nonce, sealed) = server.seal(&NonceSource::new().unwrap(), &good, &keys).unwrap();
         let flags = [true, false];
         let refused = |nonce: &[u8], binding: &Binding<'_>, flags: &[bool], sealed: &[u8]| {
-            assert!(client.open(nonce, binding, flags, sealed.to_vec()).is_err());
+            assert!(client.open(nonce, binding, flags, sealed).is_err());
         };
 
         for at in 0..sealed.len() {
@@ -309,8 +340,8 @@ mod tests {
         refused(&nonce, &binding(&[b"ab", b"c"]), &flags, &sealed);
         refused(&nonce, &binding(&[b"bc", b"a"]), &flags, &sealed);
         let (stranger, _) = pair();
-        assert!(stranger.open(&nonce, &good, &flags, sealed.clone()).is_err());
-        client.open(&nonce, &good, &flags, sealed).unwrap();
+        assert!(stranger.open(&nonce, &good, &flags, &sealed).is_err());
+        client.open(&nonce, &good, &flags, &sealed).unwrap();
     }
 
     #[test]

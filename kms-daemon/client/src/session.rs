@@ -254,7 +254,7 @@ impl Session {
                 &answer.nonce,
                 &binding,
                 &vec![true; blobs.len()],
-                answer.sealed_keys,
+                &answer.sealed_keys,
             )
             .map_err(untrusted)?;
         answer
@@ -298,7 +298,7 @@ impl Session {
         };
         let keys = self
             .key
-            .open(&answer.nonce, &binding, &flags, answer.sealed_keys)
+            .open(&answer.nonce, &binding, &flags, &answer.sealed_keys)
             .map_err(untrusted)?;
         keys.into_iter()
             .zip(&answer.errors)

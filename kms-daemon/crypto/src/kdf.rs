@@ -1,7 +1,8 @@
 //! HKDF-SHA-256 (RFC 5869) with a closed registry of labels: one key never serves two purposes.
 
 use crate::SecretKey;
-use hkdf::Hkdf;
+use crate::arena::wipe_stack;
+use hkdf::{Hkdf, InvalidLength};
 use sha2::Sha256;
 
 /// The extract salt of RFC 5869, section 2.2: public, and different for each volume, blob or keystore.
@@ -62,17 +63,31 @@ impl Label {
     }
 }
 
+/// What one derivation may leave on the stack: the library wipes its hash states, but neither the copies that moving
+/// them makes nor the extracted key.
+const STACK_BYTES: usize = 2048;
+
 /// Derives the key for one purpose from `parent`.
 #[must_use]
 pub fn derive(parent: &SecretKey, salt: KeySalt<'_>, label: Label) -> SecretKey {
-    let kdf = Hkdf::<Sha256>::new(Some(salt.0), parent.expose());
     // One block of output: RFC 5869 bounds it at 255 blocks, so expand cannot refuse. Should a future version
     // of the library do so, the infallible signature is kept by aborting before any weak key is used.
-    let derived = SecretKey::fill_with(|out| kdf.expand(&label.info(), out));
+    let derived = SecretKey::fill_with(|out| extract_and_expand(parent, salt, &label.info(), out));
+    wipe_stack::<STACK_BYTES>();
     match derived {
         Ok(key) => key,
         Err(_) => std::process::abort(),
     }
+}
+
+#[inline(never)]
+fn extract_and_expand(
+    parent: &SecretKey,
+    salt: KeySalt<'_>,
+    info: &[u8],
+    out: &mut [u8],
+) -> Result<(), InvalidLength> {
+    Hkdf::<Sha256>::new(Some(salt.0), parent.expose()).expand(info, out)
 }
 
 #[cfg(test)]

@@ -1,17 +1,25 @@
-//! Primitives that the KMS and the filesystem share: secrets that are wiped on drop, key derivation with a
+//! Primitives that the KMS and the filesystem share: locked memory for secrets, wiped on drop, key derivation with a
 //! closed registry of labels, nonces that no crash, fork or restored backup repeats, and authenticated sealing.
 //!
-//! This crate does no I/O besides getrandom(2), and knows no file, socket, key store or filesystem.
+//! This crate does no I/O besides getrandom(2) and the mapping of memory, and knows no file, socket, key store or filesystem.
 
+mod arena;
 mod kdf;
 mod nonce;
+mod prf;
 mod seal;
 mod secret;
+mod wiping;
 
+pub use arena::{
+    ARENA_BYTES_MAX, Secret, arena_bytes, is_memory_protected, on_unprotected_memory, wipe_stack,
+};
 pub use kdf::{KeySalt, Label, derive};
 pub use nonce::{NONCE_LEN, Nonce, NonceSource};
-pub use seal::{Sealer, TAG_LEN, Tag};
+pub use prf::{PRF_LEN, Prf};
+pub use seal::{Batch, Sealer, TAG_LEN, Tag};
 pub use secret::{KEY_LEN, SecretKey};
+pub use wiping::WipingAllocator;
 
 /// Why a primitive failed. No variant carries key material, plaintext or the position of a mismatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -7,6 +7,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
+/// Plaintext is in freed memory no longer than until it is freed.
+#[global_allocator]
+static ALLOCATOR: kms_crypto::WipingAllocator = kms_crypto::WipingAllocator;
+
 /// The key management service of cmkfs. Clients use kmsctl, or the gRPC API on the Unix socket.
 #[derive(Parser)]
 #[command(version, max_term_width = 110)]

@@ -1,10 +1,17 @@
-//! What a process that holds keys does first.
+//! What a process that holds keys does first. That keys lie in locked memory is kms_crypto's doing.
 
 use super::Failure;
 use rustix::process::{DumpableBehavior, Resource, Rlimit};
 
 /// No core dumps and no debuggers, files for the owner alone, and as many open files as are permitted.
 pub(super) fn harden() -> Result<(), Failure> {
+    kms_crypto::on_unprotected_memory(|error| {
+        tracing::warn!(
+            %error,
+            "memory that holds keys could not be locked: they could reach swap; raise RLIMIT_MEMLOCK (ulimit -l) to 8 MiB \
+             or more, or encrypt swap"
+        );
+    });
     protect().map_err(|error| format!("the process cannot be protected: {error}"))
 }
 

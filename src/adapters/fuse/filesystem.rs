@@ -4,6 +4,7 @@ use super::convert::{file_attr, file_type, kind_of_mode, negative_attr, permissi
 use super::invalidate::{Laundry, Search, answer_search};
 use super::negotiate::negotiate;
 use super::reply::{GENERATION, TTL, reply_attr, reply_empty, reply_entry, reply_xattr};
+use super::residue::Residue;
 use super::session::CacheMode;
 use crate::engine::{
     Attr, Clock, Cookie, Error, Fallocate, Ino, Kill, NewNode, Owner, RenameFlags, Seek, SetAttr, SetXattr,
@@ -43,15 +44,22 @@ pub(super) struct CmkFs {
     writers: Mutex<HashMap<Ino, u64>>,
     /// There once the session is.
     laundry: Arc<RwLock<Option<Laundry>>>,
+    residue: Arc<Residue>,
 }
 
 impl CmkFs {
-    pub(super) fn new(volume: Arc<Volume>, cache: CacheMode, laundry: Arc<RwLock<Option<Laundry>>>) -> Self {
+    pub(super) fn new(
+        volume: Arc<Volume>,
+        cache: CacheMode,
+        laundry: Arc<RwLock<Option<Laundry>>>,
+        residue: Arc<Residue>,
+    ) -> Self {
         Self {
             volume,
             cache,
             writers: Mutex::default(),
             laundry,
+            residue,
         }
     }
 
@@ -204,7 +212,8 @@ impl Filesystem for CmkFs {
         self.volume.forget(Ino(ino.0), nlookup);
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.residue.wipe_here(req);
         reply_attr(
             reply,
             self.call("getattr", ino, |volume| volume.getattr(Ino(ino.0))),
@@ -434,6 +443,7 @@ impl Filesystem for CmkFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        self.residue.note(data);
         let is_writeback = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let written = self.call("write", ino, |volume| match is_writeback {
@@ -569,6 +579,7 @@ impl Filesystem for CmkFs {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        self.residue.note(value);
         let how = match flags & (libc::XATTR_CREATE | libc::XATTR_REPLACE) {
             libc::XATTR_CREATE => SetXattr::Create,
             libc::XATTR_REPLACE => SetXattr::Replace,

@@ -3,6 +3,7 @@
 //! Invalidation writes dirty pages back first, through requests that a FUSE loop has to answer: it is never done on
 //! one.
 
+use super::residue::Residue;
 use crate::engine::{CacheObserver, Error, Ino, Seek, Volume};
 use fuse_device::FuseDevice;
 use fuser::{Errno, INodeNo, Notifier, ReplyLseek};
@@ -15,24 +16,31 @@ use std::thread::JoinHandle;
 const LAUNDRY_MAX: usize = 256;
 
 /// Drops what the kernel caches when the volume goes dark.
-pub(super) struct Purger(pub(super) FuseDevice);
+pub(super) struct Purger {
+    pub(super) device: FuseDevice,
+    pub(super) residue: Arc<Residue>,
+}
 
 impl CacheObserver for Purger {
     fn purge(&self, inodes: &[Ino]) {
         // Attributes first: once they are expired, new write(2) calls ask and are refused.
         for ino in inodes {
-            log_failure(*ino, self.0.expire_attributes(ino.0).map(drop));
+            log_failure(*ino, self.device.expire_attributes(ino.0).map(drop));
         }
         for ino in inodes {
-            log_failure(*ino, self.0.drop_pages(ino.0).map(drop));
+            log_failure(*ino, self.device.drop_pages(ino.0).map(drop));
         }
-        match self.0.drop_names() {
+        match self.device.drop_names() {
             Ok(true) => {}
             Ok(false) => {
                 tracing::debug!("this kernel keeps the names that it cached; it shows nothing else of them")
             }
             Err(error) => tracing::warn!(%error, "the kernel did not drop the names that it cached"),
         }
+    }
+
+    fn wipe(&self) {
+        self.residue.wipe_all();
     }
 }
 

@@ -7,6 +7,7 @@ mod mount;
 mod mountinfo;
 mod negotiate;
 mod reply;
+mod residue;
 mod session;
 
 pub use mount::{MountFlags, unmount};

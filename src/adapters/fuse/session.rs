@@ -4,6 +4,7 @@ use super::filesystem::CmkFs;
 use super::invalidate::{Laundry, Purger};
 use super::mount::{MountFlags, mount, unmount};
 use super::mountinfo::{self, Device};
+use super::residue::Residue;
 use crate::adapters::kms::{MountHandles, SharedLedger};
 use crate::engine::Volume;
 use fuse_device::{AbortHandle, FuseDevice};
@@ -129,8 +130,9 @@ impl Mounted {
         })?;
         let breaker = Arc::new(Breaker::of(&place));
         // Before the first request is answered: what the kernel learns, kmsd can have it forget.
-        hand_over(volume, &place, &device, attach)
-            .and_then(|()| Self::serve(volume, place, &breaker, device, cache))
+        let residue = Arc::new(Residue::new(place.mountpoint.clone(), LOOPS));
+        hand_over(volume, &place, &device, &residue, attach)
+            .and_then(|()| Self::serve(volume, place, &breaker, device, cache, residue))
             .inspect_err(|_| {
                 breaker.undo();
             })
@@ -142,9 +144,10 @@ impl Mounted {
         breaker: &Arc<Breaker>,
         device: OwnedFd,
         cache: CacheMode,
+        residue: Arc<Residue>,
     ) -> Result<Self> {
         let laundry = Arc::new(RwLock::new(None));
-        let filesystem = CmkFs::new(Arc::clone(volume), cache, Arc::clone(&laundry));
+        let filesystem = CmkFs::new(Arc::clone(volume), cache, Arc::clone(&laundry), residue);
         let mut config = Config::default();
         config.n_threads = Some(LOOPS);
         config.clone_fd = true;
@@ -229,12 +232,16 @@ fn hand_over(
     volume: &Volume,
     place: &Unmounter,
     device: &OwnedFd,
+    residue: &Arc<Residue>,
     attach: impl FnOnce(MountHandles) -> Result<()>,
 ) -> Result<()> {
     let clone = || FuseDevice::clone_of(device.as_fd());
     let ledger = Arc::new(Ledger::new()?);
     volume.set_ledger(Arc::new(SharedLedger(Arc::clone(&ledger))));
-    volume.set_observer(Arc::new(Purger(clone()?)));
+    volume.set_observer(Arc::new(Purger {
+        device: clone()?,
+        residue: Arc::clone(residue),
+    }));
     attach(MountHandles {
         device: clone()?,
         ledger,
