@@ -39,6 +39,10 @@ pub enum Label {
     KeystoreRowSet,
     /// Seals the root key of one epoch; derived from the key that the root slot holds.
     KeystoreRoot,
+    /// Seals the key of a passphrase slot; derived from what Argon2id makes of the passphrase.
+    KeystorePassphrase,
+    /// Keys the fingerprint of imported material; derived from the root key.
+    KeystoreFingerprint,
     /// Seals the answers of one filesystem session; derived from its X25519 shared secret.
     Session,
 }
@@ -56,6 +60,8 @@ impl Label {
             Self::KeystoreNames => "kmsd/1/alias-names".to_owned(),
             Self::KeystoreRowSet => "kmsd/1/row-set".to_owned(),
             Self::KeystoreRoot => "kmsd/1/root".to_owned(),
+            Self::KeystorePassphrase => "kmsd/1/passphrase-slot".to_owned(),
+            Self::KeystoreFingerprint => "kmsd/1/fingerprint".to_owned(),
             Self::Session => "kmsd/1/session".to_owned(),
         }
         .into_bytes()
@@ -80,7 +86,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const LABELS: [Label; 13] = [
+    const LABELS: [Label; 15] = [
         Label::VolumeRecords { domain: 0 },
         Label::VolumeRecords { domain: 1 },
         Label::VolumeNames { domain: 0 },
@@ -93,6 +99,8 @@ mod tests {
         Label::KeystoreNames,
         Label::KeystoreRowSet,
         Label::KeystoreRoot,
+        Label::KeystorePassphrase,
+        Label::KeystoreFingerprint,
         Label::Session,
     ];
 

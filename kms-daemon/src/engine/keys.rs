@@ -17,7 +17,7 @@ use uuid::Uuid;
 const KEYS_MAX: usize = 10_000;
 /// Bytes of a description, at most.
 const DESCRIPTION_BYTES_MAX: usize = 8192;
-const DAY_MS: i64 = 24 * 60 * 60 * 1000;
+pub(super) const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 /// Never less: the window is what a mistake can be seen in.
 const PENDING_WINDOW_DAYS: std::ops::RangeInclusive<u32> = 7..=30;
 
@@ -69,6 +69,9 @@ impl Engine {
                 version_id: version_id.as_bytes().to_vec(),
                 created_ms: now,
             }],
+            delete_observed_ms: None,
+            destroying: None,
+            destroyed_ms: None,
         };
         if self.keys.read().len() >= KEYS_MAX {
             let message = format!("this keystore holds {KEYS_MAX} keys, which is its limit");
@@ -142,10 +145,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Any state but PendingDeletion -> PendingDeletion. Answers when deletion is due.
+    /// Any state but PendingDeletion and Destroyed -> PendingDeletion. Answers when deletion is due by the wall clock; as
+    /// much observed time must have passed, too.
     ///
     /// # Errors
-    /// `InvalidParameter` for a window outside 7 to 30 days; `Rejected.PendingDeletion` if it is so already.
+    /// `InvalidParameter` for a window outside 7 to 30 days; `Rejected.PendingDeletion` if it is so already;
+    /// `Forbidden.KeyNotFound` if it is destroyed.
     pub fn schedule_key_deletion(
         &self,
         call: &Call,
@@ -157,10 +162,12 @@ impl Engine {
             return Err(KmsError::invalid("PendingWindowInDays", "must be 7 to 30"));
         }
         let row = self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
-            KeyState::PendingDeletion => Err(refusal(KeyState::PendingDeletion)),
+            state @ (KeyState::PendingDeletion | KeyState::Destroyed) => Err(refusal(state)),
             _ => {
+                let window_ms = i64::from(window_days) * DAY_MS;
                 row.set_state(KeyState::PendingDeletion);
-                row.delete_ms = Some(self.clock.now_ms() + i64::from(window_days) * DAY_MS);
+                row.delete_ms = Some(self.clock.now_ms().saturating_add(window_ms));
+                row.delete_observed_ms = Some(self.observed_ms().saturating_add(window_ms.unsigned_abs()));
                 Ok(true)
             }
         })?;
@@ -170,12 +177,13 @@ impl Engine {
     /// PendingDeletion -> Enabled, as the cloud API has it.
     ///
     /// # Errors
-    /// `Rejected.StateModifiedFailed` in any other state.
+    /// `Rejected.StateModifiedFailed` in any other state, and once its material has been left behind.
     pub fn cancel_key_deletion(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
         self.transition(call, trail, key, Effect::Other, |row| match row.state() {
-            KeyState::PendingDeletion => {
+            KeyState::PendingDeletion if row.destroying.is_none() => {
                 row.set_state(KeyState::Enabled);
                 row.delete_ms = None;
+                row.delete_observed_ms = None;
                 Ok(true)
             }
             state => Err(not_from(state)),
@@ -267,6 +275,15 @@ impl Engine {
             .ok_or_else(|| not_found(key))
     }
 
+    /// # Errors
+    /// `Forbidden.KeyNotFound` if the key was destroyed.
+    pub(super) fn must_live(&self, id: Uuid) -> Result<(), KmsError> {
+        match self.lock_of(id)?.read().state() {
+            KeyState::Destroyed => Err(refusal(KeyState::Destroyed)),
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn lock_of(&self, id: Uuid) -> Result<KeyLock, KmsError> {
         let keys = self.keys.read();
         keys.get(&id).cloned().ok_or_else(|| not_found(&id.to_string()))
@@ -323,7 +340,7 @@ fn not_from(state: KeyState) -> KmsError {
         KeyState::Disabled => "Disabled",
         KeyState::PendingDeletion => "PendingDeletion",
         KeyState::PendingImport => "PendingImport",
-        KeyState::Destroyed => "Destroyed",
+        KeyState::Destroyed => return refusal(state),
         KeyState::Unspecified => return internal(),
     };
     KmsError::new(Code::StateModifiedFailed, format!("the key is {name}"))

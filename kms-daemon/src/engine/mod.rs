@@ -1,13 +1,19 @@
 //! The rules of the KMS. It knows neither gRPC nor sockets; adapters hand it a [`Call`] and get an answer.
 //!
 //! Every call goes through [`Engine::run`], which writes its audit record before the answer leaves. Locks are taken in
-//! this order: aliases, one key's state (several: in the order of their ids), the manifest. A call that uses a key
-//! holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
+//! this order: aliases, one key's state (several: in the order of their ids), the manifest, then leaves, of which none is
+//! held while another is taken: the observed time, the cached materials, the sessions, the store's own. Whoever writes a row
+//! holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so every change waits for
+//! that; the keys that die are locked from before their intent is recorded until they are Destroyed. A call that uses a
+//! key holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
 //! begins after DisableKey has returned succeeds, and none that succeeded is still unrecorded.
 
 mod aliases;
 mod call;
 mod cryptography;
+mod destruction;
+#[cfg(test)]
+mod destruction_tests;
 mod filesystem;
 mod keys;
 mod open;
@@ -15,20 +21,23 @@ mod refusals;
 mod sessions;
 #[cfg(test)]
 mod tests;
+mod time;
 
 pub use call::{Call, Principal, Trail};
 pub use keys::NewKey;
-pub use open::{OpenError, Placement};
+pub use open::{NewKeystore, OpenError, Placement};
 
 pub(crate) use cryptography::{Action, Outcome, Release, Request};
 pub(crate) use filesystem::Watched;
 pub(crate) use refusals::OVERFLOW_UID;
 
 use crate::audit::{Audit, AuditError, Record};
-use crate::clock::Clock;
+use crate::clock::{Clock, DrillClock};
 use crate::home::Home;
 use crate::metrics::{Calls, Metrics};
-use crate::rows::{AliasRow, CheckpointRow, KeyRow, ManifestRow};
+use crate::observed::Observed;
+use crate::rows::{AliasRow, CHECKPOINT_KEY, CheckpointRow, KeyRow, MANIFEST_KEY, ManifestRow};
+use crate::slot::Keeper;
 use crate::store::{Change, RowSet, Store, StoreError, Table};
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
@@ -49,8 +58,6 @@ use uuid::Uuid;
 const CHECKPOINT_RECORDS: u64 = 1024;
 /// State changes that a slow watcher may lag behind, at most.
 const EVENT_BACKLOG: usize = 256;
-const MANIFEST_KEY: &[u8] = b"manifest";
-const CHECKPOINT_KEY: &[u8] = b"audit";
 
 type KeyLock = Arc<RwLock<KeyRow>>;
 
@@ -80,6 +87,8 @@ enum Effect {
 pub struct Engine {
     store: Store,
     audit: Audit,
+    /// Makes the slot of the next epoch.
+    keeper: Keeper,
     /// Where this keystore lies; never changes.
     node: Node,
     /// Whoever holds this may change the keystore.
@@ -98,6 +107,10 @@ pub struct Engine {
     events: broadcast::Sender<KeyEvent>,
     metrics: Metrics,
     clock: Arc<dyn Clock>,
+    /// The same clock, in a keystore for drills.
+    drill: Option<Arc<DrillClock>>,
+    /// What was seen of the clock.
+    time: Mutex<Observed>,
     started_boot_ms: u64,
     /// Keys whose state in memory takes more away than what is stored.
     unstored: Mutex<BTreeSet<Uuid>>,
@@ -423,6 +436,7 @@ impl Engine {
             }
         }
         let _manifest = self.manifest.lock();
+        self.store_time();
         if let Err(error) = self.write_checkpoint(&self.audit.durable(), true) {
             tracing::warn!(%error, "the audit checkpoint was not written");
         }

@@ -114,6 +114,11 @@ impl Sessions {
         self.0.lock().remove(&session.key.id());
     }
 
+    /// How many sessions were given something under a key.
+    pub(super) fn holders_of(&self, id: Uuid) -> usize {
+        self.0.lock().values().filter(|session| session.uses(id)).count()
+    }
+
     pub(super) fn count(&self) -> usize {
         self.0.lock().len()
     }
