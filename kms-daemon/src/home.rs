@@ -76,6 +76,15 @@ impl Home {
         Self::lock(path)
     }
 
+    /// The slot of a home that need not be locked.
+    ///
+    /// # Errors
+    /// [`HomeError::NotAKeystore`]
+    pub fn present_slot(path: &Path) -> Result<PathBuf, HomeError> {
+        let epoch = latest_epoch(path)?.ok_or_else(|| HomeError::NotAKeystore(path.to_owned()))?;
+        Ok(path.join(format!("slot-{epoch}")))
+    }
+
     fn lock(path: &Path) -> Result<Self, HomeError> {
         let lock_path = path.join("lock");
         let lock = OpenOptions::new()

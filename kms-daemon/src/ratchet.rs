@@ -15,8 +15,8 @@ use uuid::Uuid;
 use zeroize::Zeroizing;
 
 /// What is done, and whose failure or crash leaves what it leaves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Step {
     /// 0: the intent is recorded.
     Intended,
     /// 1: the next slot is written, and selects nothing.
@@ -39,9 +39,10 @@ pub enum Step {
     RowsDropped,
 }
 
+#[cfg(test)]
 impl Step {
     /// Every step, in order.
-    pub const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Intended,
         Self::SlotStaged,
         Self::RootWritten,

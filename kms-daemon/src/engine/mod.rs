@@ -37,7 +37,7 @@ use crate::home::Home;
 use crate::metrics::{Calls, Metrics};
 use crate::observed::Observed;
 use crate::rows::{AliasRow, CHECKPOINT_KEY, CheckpointRow, KeyRow, MANIFEST_KEY, ManifestRow};
-use crate::slot::Keeper;
+use crate::slot::{Keeper, SlotKind};
 use crate::store::{Change, RowSet, Store, StoreError, Table};
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
@@ -143,6 +143,16 @@ pub(crate) struct Counters {
     pub(crate) sessions: usize,
     pub(crate) audit_records: u64,
     pub(crate) uptime_ms: u64,
+}
+
+/// What GetKeystoreInfo answers.
+pub(crate) struct Info {
+    pub(crate) keystore_id: Uuid,
+    pub(crate) manifest: ManifestRow,
+    pub(crate) kind: SlotKind,
+    pub(crate) is_suspended: bool,
+    pub(crate) observed_ms: u64,
+    pub(crate) now_ms: i64,
 }
 
 /// What a mount remembers, to refuse a kmsd that knows less.
@@ -412,6 +422,18 @@ impl Engine {
             epoch: self.store.epoch(),
             state_seq: self.state_seq.load(Ordering::Acquire),
             audit: self.audit.durable(),
+        }
+    }
+
+    pub(crate) fn info(&self) -> Info {
+        let manifest = self.manifest.lock().clone();
+        Info {
+            keystore_id: self.store.keystore_id(),
+            manifest,
+            kind: self.keeper.kind(),
+            is_suspended: self.is_suspended(),
+            observed_ms: self.observed_ms(),
+            now_ms: self.clock.now_ms(),
         }
     }
 

@@ -11,7 +11,7 @@ use crate::ratchet::Keystore;
 use crate::rows::{
     AliasRow, CHECKPOINT_KEY, CheckpointRow, KeyRow, MANIFEST_KEY, ManifestRow, TIME_KEY, TimeRow,
 };
-use crate::slot::{Keeper, SlotError, open_root, seal_root};
+use crate::slot::{Keeper, SlotError, SlotKind, open_root, seal_root};
 use crate::store::{RowSet, Store, StoreError, Table};
 use kms_api::KmsError;
 use kms_crypto::{CryptoError, NonceSource, SecretKey};
@@ -170,6 +170,14 @@ impl Engine {
         // The slot has its name last, since that is what makes this a keystore.
         home.select_slot(FIRST_EPOCH)?;
         Ok(home.sync()?)
+    }
+
+    /// What opens the root key of the keystore at `path`.
+    ///
+    /// # Errors
+    /// [`OpenError`] if it is no keystore.
+    pub fn slot_kind(path: &Path) -> Result<SlotKind, OpenError> {
+        Ok(SlotKind::of(&Home::present_slot(path)?)?)
     }
 
     /// Opens the keystore at `path`, whose slot is a file.

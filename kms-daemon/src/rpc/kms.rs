@@ -1,7 +1,7 @@
 //! The `Kms` service.
 
 use super::Gate;
-use super::convert::{decrypted, encrypted, generated, metadata, page, wrapped};
+use super::convert::{decrypted, encrypted, generated, keystore, metadata, page, wrapped};
 use crate::engine::{Action, Call, Engine, NewKey, Outcome, Release, Request as Item, Trail};
 use kms_api::KmsError;
 use kms_api::proto::{self, kms_server::Kms};
@@ -402,6 +402,48 @@ impl Kms for KmsService {
             })
         };
         self.0.serve("GetMetrics", request, handler).await
+    }
+
+    async fn get_keystore_info(
+        &self,
+        request: Request<proto::GetKeystoreInfoRequest>,
+    ) -> Answer<proto::GetKeystoreInfoResponse> {
+        let handler = |engine: &Engine, call: &Call, _: &mut Trail, _: proto::GetKeystoreInfoRequest| {
+            Ok(keystore(engine, &call.request_id.to_string()))
+        };
+        self.0.serve("GetKeystoreInfo", request, handler).await
+    }
+
+    async fn confirm_clock(
+        &self,
+        request: Request<proto::ConfirmClockRequest>,
+    ) -> Answer<proto::ConfirmClockResponse> {
+        let handler = |engine: &Engine, call: &Call, trail: &mut Trail, _: proto::ConfirmClockRequest| {
+            engine.confirm_clock(call, trail)?;
+            Ok(proto::ConfirmClockResponse {
+                request_id: call.request_id.to_string(),
+            })
+        };
+        self.0.serve("ConfirmClock", request, handler).await
+    }
+
+    async fn advance_clock(
+        &self,
+        request: Request<proto::AdvanceClockRequest>,
+    ) -> Answer<proto::AdvanceClockResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::AdvanceClockRequest| {
+            let now_ms = engine.run(call, |trail| {
+                engine.advance_clock(call, trail, request.seconds)
+            })?;
+            // Not within the call: what is destroyed has records of its own.
+            let destroyed = engine.destroy_due()?;
+            Ok(proto::AdvanceClockResponse {
+                now_ms,
+                destroyed_key_ids: destroyed.iter().map(ToString::to_string).collect(),
+                request_id: call.request_id.to_string(),
+            })
+        };
+        self.0.serve_with("AdvanceClock", request, handler).await
     }
 }
 

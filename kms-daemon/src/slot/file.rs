@@ -55,7 +55,7 @@ impl FileRootSlot {
 
 impl RootSlot for FileRootSlot {
     fn erasure(&self) -> Erasure {
-        Erasure::None
+        SlotKind::File.erasure()
     }
 
     fn keystore_id(&self) -> Uuid {

@@ -93,6 +93,14 @@ impl SlotKind {
         }
     }
 
+    /// What destroying one is worth.
+    #[must_use]
+    pub const fn erasure(self) -> Erasure {
+        match self {
+            Self::File | Self::Passphrase => Erasure::None,
+        }
+    }
+
     /// What the slot at `path` says that it is.
     ///
     /// # Errors
@@ -152,6 +160,17 @@ impl Keeper {
             }
             (Self::File, SlotKind::Passphrase) => Err(SlotError::NeedsPassphrase(path.to_owned())),
             (Self::Passphrase(_), SlotKind::File) => Err(SlotError::TakesNoPassphrase(path.to_owned())),
+        }
+    }
+}
+
+impl Erasure {
+    /// The name, for people and programs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Device => "device",
         }
     }
 }

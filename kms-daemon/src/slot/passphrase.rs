@@ -187,7 +187,7 @@ impl PassphraseRootSlot {
 
 impl RootSlot for PassphraseRootSlot {
     fn erasure(&self) -> Erasure {
-        Erasure::None
+        SlotKind::Passphrase.erasure()
     }
 
     fn keystore_id(&self) -> Uuid {

@@ -29,8 +29,8 @@ pub(crate) enum Operation {
     Cryptography(CryptographyOperation),
     #[command(flatten)]
     Batch(BatchOperation),
-    /// Counters since kmsd started
-    GetMetrics,
+    #[command(flatten)]
+    Keystore(KeystoreOperation),
     /// Work on the audit log, offline
     Audit {
         #[command(subcommand)]
@@ -66,7 +66,7 @@ pub(crate) enum KeyOperation {
     EnableKey(Key),
     /// Disable a key; nothing can be encrypted or decrypted under it when this returns
     DisableKey(Key),
-    /// Let a key's material be destroyed when the window has passed
+    /// Let a key's material be destroyed when the window has passed, by the clock and in time that kmsd has observed
     ScheduleKeyDeletion {
         #[command(flatten)]
         key: Key,
@@ -76,6 +76,22 @@ pub(crate) enum KeyOperation {
     },
     /// Keep a key that was scheduled for deletion; it is enabled then
     CancelKeyDeletion(Key),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KeystoreOperation {
+    /// Counters since kmsd started
+    GetMetrics,
+    /// Tell what the keystore is: its epoch, its root slot and what destroying it is worth, whether it is for drills
+    GetKeystoreInfo,
+    /// Take the host's clock for right after it was set by more than an hour, which suspends the destruction of keys
+    ConfirmClock,
+    /// Shift the clocks of a keystore made with 'kmsd init --drill', then destroy what is due
+    AdvanceClock {
+        /// 1 to 316224000
+        #[arg(long, value_name = "N")]
+        seconds: u64,
+    },
 }
 
 #[derive(Subcommand)]

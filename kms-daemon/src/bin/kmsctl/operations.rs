@@ -1,6 +1,8 @@
 //! From the command line to the API and back.
 
-use crate::arguments::{AliasOperation, BatchOperation, CryptographyOperation, DataKey, KeyOperation};
+use crate::arguments::{
+    AliasOperation, BatchOperation, CryptographyOperation, DataKey, KeyOperation, KeystoreOperation,
+};
 use crate::json::{self, Item};
 use kms_api::proto::{self, kms_client::KmsClient};
 use kms_client::{Client, ClientError};
@@ -88,9 +90,29 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
     }
 }
 
-pub(crate) fn metrics(client: &Client) -> Result<Value, String> {
-    let answer = call!(client, get_metrics, proto::GetMetricsRequest {})?;
-    Ok(json::metrics(&answer))
+pub(crate) fn keystore(client: &Client, operation: KeystoreOperation) -> Result<Value, String> {
+    match operation {
+        KeystoreOperation::GetMetrics => {
+            let answer = call!(client, get_metrics, proto::GetMetricsRequest {})?;
+            Ok(json::metrics(&answer))
+        }
+        KeystoreOperation::GetKeystoreInfo => {
+            let answer = call!(client, get_keystore_info, proto::GetKeystoreInfoRequest {})?;
+            Ok(json::keystore(&answer))
+        }
+        KeystoreOperation::ConfirmClock => {
+            let answer = call!(client, confirm_clock, proto::ConfirmClockRequest {})?;
+            Ok(done(&answer.request_id))
+        }
+        KeystoreOperation::AdvanceClock { seconds } => {
+            let answer = call!(client, advance_clock, proto::AdvanceClockRequest { seconds })?;
+            Ok(json!({
+                "Now": json::time(answer.now_ms),
+                "DestroyedKeyIds": answer.destroyed_key_ids,
+                "RequestId": answer.request_id,
+            }))
+        }
+    }
 }
 
 pub(crate) fn alias(client: &Client, operation: AliasOperation) -> Result<Value, String> {
