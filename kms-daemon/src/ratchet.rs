@@ -112,12 +112,10 @@ impl Keystore<'_> {
         reached: &mut impl FnMut(Step) -> io::Result<()>,
     ) -> Result<ManifestRow, Stopped> {
         let next = self.store.epoch().saturating_add(1);
-        let (keys, manifest) = self
-            .prepare(next, manifest, dying, reached)
-            .map_err(|error| {
-                self.discard_quietly();
-                Stopped::Before(error)
-            })?;
+        let (keys, manifest) = self.prepare(next, manifest, dying, reached).map_err(|error| {
+            self.discard_quietly();
+            Stopped::Before(error)
+        })?;
         let unknown = |error| {
             self.store.abandon();
             Stopped::Unknown(error)
@@ -148,7 +146,9 @@ impl Keystore<'_> {
         self.discard()?;
         let keystore_id = self.store.keystore_id();
         let root = SecretKey::generate()?;
-        let kek = self.keeper.create(&self.home.staged_slot(next), keystore_id, next)?;
+        let kek = self
+            .keeper
+            .create(&self.home.staged_slot(next), keystore_id, next)?;
         reached(Step::SlotStaged)?;
         seal_root(&self.home.root(next), (keystore_id, next), &kek, &root)?;
         reached(Step::RootWritten)?;

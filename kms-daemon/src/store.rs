@@ -330,6 +330,15 @@ impl Store {
         self.state().db.is_none()
     }
 
+    /// A row's value as it lies in the database.
+    #[cfg(test)]
+    pub(crate) fn raw(&self, table: Table, key: &[u8]) -> Vec<u8> {
+        let state = self.state();
+        let db = state.db().unwrap();
+        let value = db.get_cf(family(db, table).unwrap(), state.keys.full_key(key));
+        value.unwrap().unwrap()
+    }
+
     fn state(&self) -> RwLockReadGuard<'_, State> {
         // Recursive: a change that is being made reads the rows it replaces.
         self.state.read_recursive()
@@ -488,13 +497,6 @@ mod tests {
         Store::open(&home.join("db"), keys, create).unwrap()
     }
 
-    fn raw_get(store: &Store, table: Table, key: &[u8]) -> Vec<u8> {
-        let state = store.state();
-        let db = state.db().unwrap();
-        let value = db.get_cf(family(db, table).unwrap(), state.keys.full_key(key));
-        value.unwrap().unwrap()
-    }
-
     fn raw_put(store: &Store, table: Table, key: &[u8], value: &[u8]) {
         let state = store.state();
         let db = state.db().unwrap();
@@ -511,7 +513,7 @@ mod tests {
         change.commit(true).unwrap();
         assert_eq!(store.get(Table::Keys, b"a").unwrap().unwrap().as_slice(), b"row");
         for to in [(Table::Keys, b"b".as_slice()), (Table::Aliases, b"a")] {
-            raw_put(&store, to.0, to.1, &raw_get(&store, Table::Keys, b"a"));
+            raw_put(&store, to.0, to.1, &store.raw(Table::Keys, b"a"));
             assert!(matches!(store.get(to.0, to.1), Err(StoreError::Damaged(_))));
         }
     }
@@ -532,7 +534,7 @@ mod tests {
         change.put(Table::Material, b"a", b"material").unwrap();
         change.put(Table::Manifest, b"m", b"not counted").unwrap();
         step(change);
-        let old = raw_get(&store, Table::Keys, b"a");
+        let old = store.raw(Table::Keys, b"a");
         let mut change = store.begin();
         change.put(Table::Keys, b"a", b"disabled").unwrap();
         step(change);

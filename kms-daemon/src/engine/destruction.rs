@@ -42,7 +42,10 @@ impl Engine {
         let mut destroyed = self.settle(reached)?;
         self.observe();
         self.record_suspension()?;
-        if self.candidates(|row| row.state() == KeyState::PendingDeletion).is_empty() {
+        if self
+            .candidates(|row| row.state() == KeyState::PendingDeletion)
+            .is_empty()
+        {
             return Ok(destroyed);
         }
         self.store_time_lazily();
@@ -205,7 +208,11 @@ impl Engine {
             })?;
         self.state_seq
             .store(next.state_seq, std::sync::atomic::Ordering::Release);
-        tracing::info!(epoch = next.epoch, keys = rows.len(), "the keystore has left keys behind");
+        tracing::info!(
+            epoch = next.epoch,
+            keys = rows.len(),
+            "the keystore has left keys behind"
+        );
         *manifest = next;
         for (id, row) in rows {
             self.drop_materials(id);

@@ -2,7 +2,7 @@
 
 use super::call::{Call, KeyGuard, Trail};
 use super::{Effect, Engine, KeyEvent, KeyLock, fresh_uuid, internal};
-use crate::rows::{KeyRow, VersionRow};
+use crate::rows::{KeyRow, TIME_KEY, VersionRow};
 use crate::store::{Change, Table};
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
@@ -207,8 +207,15 @@ impl Engine {
         let mut row = lock.write();
         let mut next = row.clone();
         let put = |row: &KeyRow| {
+            // A window begins in time that is stored, or a crash would take back what had passed before it.
+            let time = row.delete_observed_ms.map(|_| self.time_row());
             let row = row.encode_to_vec();
-            move |change: &mut Change<'_>| change.put(Table::Keys, id.as_bytes(), &row)
+            move |change: &mut Change<'_>| {
+                if let Some(time) = &time {
+                    change.put(Table::Manifest, TIME_KEY, time)?;
+                }
+                change.put(Table::Keys, id.as_bytes(), &row)
+            }
         };
         let is_change = step(&mut next);
         // What was taken away before in memory alone is made to last before anybody is told that it is so already.

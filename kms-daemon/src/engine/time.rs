@@ -38,7 +38,9 @@ impl Engine {
         if !self.time.lock().is_newly_suspended() {
             return Ok(());
         }
-        tracing::warn!("the host's clock was set by more than an hour: nothing is destroyed until it is confirmed");
+        tracing::warn!(
+            "the host's clock was set by more than an hour: nothing is destroyed until it is confirmed"
+        );
         let call = Self::own_call("SuspendKeyDestruction")?;
         self.run(&call, |trail| {
             self.change_time(&call, trail, || self.time.lock().row().clone())
@@ -59,7 +61,12 @@ impl Engine {
     ///
     /// # Errors
     /// `Forbidden.NoPermission` in any other keystore; `InvalidParameter`.
-    pub(crate) fn advance_clock(&self, call: &Call, trail: &mut Trail, seconds: u64) -> Result<i64, KmsError> {
+    pub(crate) fn advance_clock(
+        &self,
+        call: &Call,
+        trail: &mut Trail,
+        seconds: u64,
+    ) -> Result<i64, KmsError> {
         let Some(drill) = &self.drill else {
             return Err(KmsError::new(
                 Code::NoPermission,
@@ -98,6 +105,11 @@ impl Engine {
             }
             self.time.lock().stored(row);
         })
+    }
+
+    /// What was observed, to be stored with what depends on it.
+    pub(super) fn time_row(&self) -> Vec<u8> {
+        self.time.lock().row().encode_to_vec()
     }
 
     /// Stores the observed time now and then while a key waits for it. Its loss costs time, and nothing else.

@@ -432,9 +432,7 @@ impl Kms for KmsService {
         request: Request<proto::AdvanceClockRequest>,
     ) -> Answer<proto::AdvanceClockResponse> {
         let handler = |engine: &Engine, call: &Call, request: proto::AdvanceClockRequest| {
-            let now_ms = engine.run(call, |trail| {
-                engine.advance_clock(call, trail, request.seconds)
-            })?;
+            let now_ms = engine.run(call, |trail| engine.advance_clock(call, trail, request.seconds))?;
             // Not within the call: what is destroyed has records of its own.
             let destroyed = engine.destroy_due()?;
             Ok(proto::AdvanceClockResponse {

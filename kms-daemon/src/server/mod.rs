@@ -4,8 +4,8 @@ mod listener;
 
 use crate::clock::SystemClock;
 use crate::engine::{Engine, OpenError};
-use crate::slot::Keeper;
 use crate::rpc::{FilesystemService, Gate, KmsService};
+use crate::slot::Keeper;
 use kms_api::MESSAGE_BYTES_MAX;
 use kms_api::proto::filesystem_keys_server::FilesystemKeysServer;
 use kms_api::proto::kms_server::KmsServer;

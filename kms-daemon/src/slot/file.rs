@@ -1,8 +1,6 @@
 //! A slot that is a file beside the database: convenient, and worth nothing as an erasure.
 
-use super::{
-    Erasure, RootSlot, SLOT_HEADER_LEN, SlotError, SlotKind, keystore_of, read_small, slot_header,
-};
+use super::{Erasure, RootSlot, SLOT_HEADER_LEN, SlotError, SlotKind, keystore_of, read_small, slot_header};
 use crate::home::write_new;
 use kms_crypto::{KEY_LEN, SecretKey};
 use std::path::{Path, PathBuf};

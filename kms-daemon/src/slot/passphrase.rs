@@ -1,9 +1,7 @@
 //! A slot that is a file and a passphrase. Each slot has a KEK and a salt of its own: the passphrase and the file of one
 //! epoch open no other epoch. An old file and the passphrase open the old epoch for ever, so erasure is none.
 
-use super::{
-    Erasure, RootSlot, SLOT_HEADER_LEN, SlotError, SlotKind, keystore_of, read_small, slot_header,
-};
+use super::{Erasure, RootSlot, SLOT_HEADER_LEN, SlotError, SlotKind, keystore_of, read_small, slot_header};
 use crate::home::{HomeError, write_new};
 use argon2::{Algorithm, Argon2, Params, Version};
 use kms_crypto::{
@@ -71,11 +69,7 @@ impl Passphrase {
     fn stretch(&self, costs: Costs, salt: &[u8; SALT_LEN], keystore_id: Uuid) -> Result<Sealer, CryptoError> {
         let too_long = |_| CryptoError::TooLong;
         let params = Params::new(costs.memory_kib, costs.passes, costs.lanes, Some(KEY_LEN));
-        let argon = Argon2::new(
-            Algorithm::Argon2id,
-            Version::V0x13,
-            params.map_err(too_long)?,
-        );
+        let argon = Argon2::new(Algorithm::Argon2id, Version::V0x13, params.map_err(too_long)?);
         let stretched = SecretKey::fill_with(|out| argon.hash_password_into(&self.0, salt, out));
         let key = derive(
             &stretched.map_err(too_long)?,
@@ -143,11 +137,10 @@ impl PassphraseRootSlot {
         bytes.extend_from_slice(&salt);
         let nonce = NonceSource::new()?.next()?;
         let mut sealed = Zeroizing::new(*kek.expose());
-        let tag = passphrase.stretch(COSTS, &salt, keystore_id)?.seal(
-            nonce,
-            &bytes,
-            sealed.as_mut_slice(),
-        )?;
+        let tag =
+            passphrase
+                .stretch(COSTS, &salt, keystore_id)?
+                .seal(nonce, &bytes, sealed.as_mut_slice())?;
         bytes.extend_from_slice(&nonce.0);
         bytes.extend_from_slice(sealed.as_slice());
         bytes.extend_from_slice(&tag.0);
@@ -258,7 +251,10 @@ mod tests {
         // Passes, lanes, salt, nonce, key, tag.
         for at in [41, 45, 46, 78, 90, 122, 137] {
             let value = good[at] ^ 1;
-            assert!(matches!(with(at, value), SlotError::WrongPassphrase(_)), "byte {at}");
+            assert!(
+                matches!(with(at, value), SlotError::WrongPassphrase(_)),
+                "byte {at}"
+            );
         }
         for length in [0, 33, 45, good.len() - 1, good.len() + 1] {
             let mut bad = good.clone();

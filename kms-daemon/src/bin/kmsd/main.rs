@@ -3,7 +3,9 @@
 mod passphrase;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use kms_daemon::{Engine, Keeper, NewKeystore, Placement, ServeOptions, SlotKind, SystemClock, harden, serve};
+use kms_daemon::{
+    Engine, Keeper, NewKeystore, Placement, ServeOptions, SlotKind, SystemClock, harden, serve,
+};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
