@@ -117,7 +117,7 @@ pub struct KeyRow {
     /// ENCRYPT/DECRYPT
     #[prost(string, tag = "5")]
     pub key_usage: String,
-    /// Aliyun_KMS
+    /// Aliyun_KMS or EXTERNAL
     #[prost(string, tag = "6")]
     pub origin: String,
     /// SOFTWARE
@@ -150,6 +150,19 @@ pub struct KeyRow {
     /// When its material was destroyed, in milliseconds since the Unix epoch.
     #[prost(int64, optional, tag = "18")]
     pub destroyed_ms: Option<i64>,
+    /// Origin EXTERNAL: whether it has its material.
+    #[prost(bool, tag = "19")]
+    pub imported: bool,
+    /// When imported material goes away, in milliseconds since the Unix epoch.
+    #[prost(int64, optional, tag = "20")]
+    pub material_expires_ms: Option<i64>,
+    /// Of the material that was imported first: only the same may come again. HMAC-SHA-256 of the key id, the version id and the
+    /// material, under the key below.
+    #[prost(bytes = "vec", tag = "21")]
+    pub fingerprint: Vec<u8>,
+    /// Random, 32 bytes.
+    #[prost(bytes = "vec", tag = "22")]
+    pub fingerprint_key: Vec<u8>,
 }
 
 /// One alias.

@@ -41,8 +41,6 @@ pub enum Label {
     KeystoreRoot,
     /// Seals the key of a passphrase slot; derived from what Argon2id makes of the passphrase.
     KeystorePassphrase,
-    /// Keys the fingerprint of imported material; derived from the root key.
-    KeystoreFingerprint,
     /// Seals the answers of one filesystem session; derived from its X25519 shared secret.
     Session,
 }
@@ -61,7 +59,6 @@ impl Label {
             Self::KeystoreRowSet => "kmsd/1/row-set".to_owned(),
             Self::KeystoreRoot => "kmsd/1/root".to_owned(),
             Self::KeystorePassphrase => "kmsd/1/passphrase-slot".to_owned(),
-            Self::KeystoreFingerprint => "kmsd/1/fingerprint".to_owned(),
             Self::Session => "kmsd/1/session".to_owned(),
         }
         .into_bytes()
@@ -86,7 +83,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const LABELS: [Label; 15] = [
+    const LABELS: [Label; 14] = [
         Label::VolumeRecords { domain: 0 },
         Label::VolumeRecords { domain: 1 },
         Label::VolumeNames { domain: 0 },
@@ -100,7 +97,6 @@ mod tests {
         Label::KeystoreRowSet,
         Label::KeystoreRoot,
         Label::KeystorePassphrase,
-        Label::KeystoreFingerprint,
         Label::Session,
     ];
 

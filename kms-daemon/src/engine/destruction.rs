@@ -14,13 +14,15 @@ use std::collections::BTreeMap;
 use std::io;
 use uuid::Uuid;
 
-/// The keys that die, locked against everybody.
-type Dying = BTreeMap<Uuid, ArcRwLockWriteGuard<RawRwLock, KeyRow>>;
+/// The keys that die, locked against everybody, and what becomes of each.
+type Dying = BTreeMap<Uuid, (ArcRwLockWriteGuard<RawRwLock, KeyRow>, KeyState)>;
 
-/// A key that is to die, as it was when that was decided.
-struct Candidate {
+/// A key whose material is to die, as it was when that was decided.
+pub(super) struct Candidate {
     id: Uuid,
     revision: u64,
+    /// Destroyed, or PendingImport.
+    fate: KeyState,
 }
 
 impl Engine {
@@ -42,19 +44,23 @@ impl Engine {
         let mut destroyed = self.settle(reached)?;
         self.observe();
         self.record_suspension()?;
-        if self
-            .candidates(|row| row.state() == KeyState::PendingDeletion)
-            .is_empty()
-        {
-            return Ok(destroyed);
+        self.expire()?;
+        if !self.candidates(is_pending).is_empty() {
+            self.store_time_lazily();
         }
-        self.store_time_lazily();
         if self.is_suspended() {
             return Ok(destroyed);
         }
         self.extend_unobserved()?;
-        let due = self.candidates(|row| self.is_due(row));
-        destroyed.extend(self.destroy(due, KeyState::Destroyed, reached)?);
+        let due = self.candidates(|row| {
+            if self.is_due(row) {
+                return Some(KeyState::Destroyed);
+            }
+            let is_over = row.state() == KeyState::Disabled && self.is_expired(row);
+            is_over.then_some(KeyState::PendingImport)
+        });
+        destroyed.extend(self.destroy(due, reached)?);
+        destroyed.retain(|&id| self.key_state(id) == KeyState::Destroyed);
         Ok(destroyed)
     }
 
@@ -78,16 +84,18 @@ impl Engine {
                 .is_some_and(|due| due <= self.observed_ms())
     }
 
-    fn candidates(&self, is_one: impl Fn(&KeyRow) -> bool) -> Vec<Candidate> {
+    /// The keys that `fate` has something in store for.
+    pub(super) fn candidates(&self, fate: impl Fn(&KeyRow) -> Option<KeyState>) -> Vec<Candidate> {
         let keys: Vec<_> = {
             let keys = self.keys.read();
             keys.iter().map(|(&id, lock)| (id, lock.clone())).collect()
         };
         let each = keys.into_iter().filter_map(|(id, lock)| {
             let row = lock.read();
-            is_one(&row).then_some(Candidate {
+            fate(&row).map(|fate| Candidate {
                 id,
                 revision: row.revision,
+                fate,
             })
         });
         each.collect()
@@ -97,7 +105,7 @@ impl Engine {
     fn lock(&self, candidates: &[Candidate]) -> Dying {
         let each = candidates.iter().filter_map(|candidate| {
             let row = self.lock_of(candidate.id).ok()?.write_arc();
-            (row.revision == candidate.revision).then_some((candidate.id, row))
+            (row.revision == candidate.revision).then_some((candidate.id, (row, candidate.fate)))
         });
         // In the order of their ids, as candidates are.
         each.collect()
@@ -105,10 +113,9 @@ impl Engine {
 
     /// Keys that were scheduled before time was observed wait for the least window once more.
     fn extend_unobserved(&self) -> Result<(), KmsError> {
-        let unobserved = self
-            .candidates(|row| row.state() == KeyState::PendingDeletion && row.delete_observed_ms.is_none());
+        let unobserved = self.candidates(|row| is_pending(row).filter(|_| row.delete_observed_ms.is_none()));
         let due = self.observed_ms().saturating_add(7 * DAY_MS.unsigned_abs());
-        for (id, mut row) in self.lock(&unobserved) {
+        for (id, (mut row, _)) in self.lock(&unobserved) {
             let next = KeyRow {
                 revision: row.revision + 1,
                 delete_observed_ms: Some(due),
@@ -141,12 +148,11 @@ impl Engine {
         }
     }
 
-    /// Destroys the material of those that nobody holds and that are still as they were; they become `fate`. None of them
-    /// may be Enabled. Answers those that are.
-    fn destroy(
+    /// Destroys the material of those that nobody holds and that are still as they were. None of them may be Enabled.
+    /// Answers those whose material is gone.
+    pub(super) fn destroy(
         &self,
         mut candidates: Vec<Candidate>,
-        fate: KeyState,
         reached: &mut impl FnMut(Step) -> io::Result<()>,
     ) -> Result<Vec<Uuid>, KmsError> {
         // Not under their locks: a holder may need them to answer. A key that is not Enabled gets no new one.
@@ -169,7 +175,7 @@ impl Engine {
             self.commit(&call, trail, Effect::Other, |_| Ok(()), |_| {})
         })?;
         reached(Step::Intended).map_err(|error| stopped(&error.into()))?;
-        self.leave_behind(&mut dying, fate, reached)?;
+        self.leave_behind(&mut dying, reached)?;
         reached(Step::Committed).map_err(|error| stopped(&error.into()))?;
         self.finish(dying, reached)
     }
@@ -178,15 +184,14 @@ impl Engine {
     fn leave_behind(
         &self,
         dying: &mut Dying,
-        fate: KeyState,
         reached: &mut impl FnMut(Step) -> io::Result<()>,
     ) -> Result<(), KmsError> {
         let rows: BTreeMap<Uuid, KeyRow> = dying
             .iter()
-            .map(|(&id, row)| {
+            .map(|(&id, (row, fate))| {
                 let next = KeyRow {
                     revision: row.revision + 1,
-                    destroying: Some(fate.into()),
+                    destroying: Some((*fate).into()),
                     ..(**row).clone()
                 };
                 (id, next)
@@ -216,7 +221,7 @@ impl Engine {
         *manifest = next;
         for (id, row) in rows {
             self.drop_materials(id);
-            if let Some(dying) = dying.get_mut(&id) {
+            if let Some((dying, _)) = dying.get_mut(&id) {
                 **dying = row;
             }
         }
@@ -236,7 +241,7 @@ impl Engine {
         &self,
         reached: &mut impl FnMut(Step) -> io::Result<()>,
     ) -> Result<Vec<Uuid>, KmsError> {
-        let left = self.candidates(|row| row.destroying.is_some());
+        let left = self.candidates(|row| row.destroying.map(|_| row.destroying()));
         self.finish(self.lock(&left), reached)
     }
 
@@ -267,18 +272,7 @@ impl Engine {
         let now_ms = self.clock.now_ms();
         let next: BTreeMap<Uuid, KeyRow> = dying
             .iter()
-            .map(|(&id, row)| {
-                let next = KeyRow {
-                    revision: row.revision + 1,
-                    state: row.destroying.unwrap_or_default(),
-                    destroying: None,
-                    destroyed_ms: Some(now_ms),
-                    delete_ms: None,
-                    delete_observed_ms: None,
-                    ..(**row).clone()
-                };
-                (id, next)
-            })
+            .map(|(&id, (row, fate))| (id, without_material(row, *fate, now_ms)))
             .collect();
         let build = |change: &mut Change<'_>| {
             for (id, row) in &next {
@@ -287,13 +281,13 @@ impl Engine {
             Ok(())
         };
         let call = Self::own_call("DestroyKeyMaterial")?;
-        let before: Vec<KeyRow> = dying.values().map(|row| (**row).clone()).collect();
+        let before: Vec<KeyRow> = dying.values().map(|(row, _)| (**row).clone()).collect();
         let recorded = self.run(&call, |trail| {
             for &id in dying.keys() {
                 trail.note(self.arn(id));
             }
             self.commit(&call, trail, Effect::Restrictive, build, |revocation_epoch| {
-                for (&id, row) in dying.iter_mut() {
+                for (&id, (row, _)) in dying.iter_mut() {
                     let Some(next) = next.get(&id) else { continue };
                     (**row).clone_from(next);
                     // Nobody may be watching.
@@ -307,12 +301,37 @@ impl Engine {
         });
         if recorded.is_err() {
             // It is not stored, so it is done again.
-            for (row, before) in dying.values_mut().zip(before) {
+            for ((row, _), before) in dying.values_mut().zip(before) {
                 **row = before;
             }
         }
         recorded
     }
+}
+
+fn is_pending(row: &KeyRow) -> Option<KeyState> {
+    let state = row.state();
+    (state == KeyState::PendingDeletion).then_some(state)
+}
+
+/// The row of a key whose material is gone.
+fn without_material(row: &KeyRow, fate: KeyState, now_ms: i64) -> KeyRow {
+    let mut next = KeyRow {
+        revision: row.revision + 1,
+        state: fate.into(),
+        destroying: None,
+        delete_ms: None,
+        delete_observed_ms: None,
+        imported: false,
+        material_expires_ms: None,
+        ..row.clone()
+    };
+    if fate == KeyState::Destroyed {
+        next.destroyed_ms = Some(now_ms);
+        next.fingerprint.clear();
+        next.fingerprint_key.clear();
+    }
+    next
 }
 
 fn stopped(error: &RatchetError) -> KmsError {

@@ -24,13 +24,13 @@ use tempfile::TempDir;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-const HOUR_MS: u64 = 60 * 60 * 1000;
-const WEEK_MS: u64 = 7 * 24 * HOUR_MS;
+pub(super) const HOUR_MS: u64 = 60 * 60 * 1000;
+pub(super) const WEEK_MS: u64 = 7 * 24 * HOUR_MS;
 /// Steps up to this one leave the old epoch.
 const LAST_BEFORE: Step = Step::RowsChecked;
 
 /// A host's clocks, each of which can be set.
-struct HostClock(Mutex<(i64, u64, String)>);
+pub(super) struct HostClock(Mutex<(i64, u64, String)>);
 
 impl HostClock {
     fn new() -> Arc<Self> {
@@ -38,14 +38,14 @@ impl HostClock {
     }
 
     /// Time passes.
-    fn pass(&self, ms: u64) {
+    pub(super) fn pass(&self, ms: u64) {
         let mut clock = self.0.lock();
         clock.0 = clock.0.saturating_add_unsigned(ms);
         clock.1 += ms;
     }
 
     /// Somebody sets the wall clock.
-    fn set(&self, by_ms: i64) {
+    pub(super) fn set(&self, by_ms: i64) {
         self.0.lock().0 += by_ms;
     }
 
@@ -75,15 +75,15 @@ impl Clock for HostClock {
 }
 
 /// A keystore, open, and what its user knows of it.
-struct Bed {
+pub(super) struct Bed {
     directory: TempDir,
-    engine: Option<Engine>,
-    clock: Arc<HostClock>,
-    blobs: BTreeMap<Uuid, Vec<u8>>,
+    pub(super) engine: Option<Engine>,
+    pub(super) clock: Arc<HostClock>,
+    pub(super) blobs: BTreeMap<Uuid, Vec<u8>>,
 }
 
 impl Bed {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let clock = HostClock::new();
         let placement = Placement {
@@ -101,7 +101,7 @@ impl Bed {
         bed
     }
 
-    fn home(&self) -> PathBuf {
+    pub(super) fn home(&self) -> PathBuf {
         self.directory.path().join("home")
     }
 
@@ -110,12 +110,12 @@ impl Bed {
     }
 
     /// As after kill -9.
-    fn reopen(&mut self) {
+    pub(super) fn reopen(&mut self) {
         self.engine = None;
         self.open();
     }
 
-    fn engine(&self) -> &Engine {
+    pub(super) fn engine(&self) -> &Engine {
         self.engine.as_ref().unwrap()
     }
 
@@ -139,7 +139,7 @@ impl Bed {
     }
 
     /// Every key of the user's but `dead` decrypts what it encrypted, in `engine`.
-    fn check(&self, engine: &Engine, dead: &[Uuid], what: &str) {
+    pub(super) fn check(&self, engine: &Engine, dead: &[Uuid], what: &str) {
         let opened = decrypt_all(engine, self.blobs.values());
         for (id, opened) in self.blobs.keys().zip(opened) {
             if dead.contains(id) {
@@ -157,7 +157,7 @@ impl Bed {
     }
 }
 
-fn encrypt(engine: &Engine, id: Uuid) -> Vec<u8> {
+pub(super) fn encrypt(engine: &Engine, id: Uuid) -> Vec<u8> {
     let (name, context) = (id.to_string(), BTreeMap::new());
     let request = Request {
         action: Action::Encrypt(&name, id.as_bytes()),
@@ -174,7 +174,7 @@ fn encrypt(engine: &Engine, id: Uuid) -> Vec<u8> {
         .blob
 }
 
-fn decrypt(engine: &Engine, blob: &[u8]) -> Result<Vec<u8>, KmsError> {
+pub(super) fn decrypt(engine: &Engine, blob: &[u8]) -> Result<Vec<u8>, KmsError> {
     decrypt_all(engine, std::iter::once(&blob.to_vec())).remove(0)
 }
 
@@ -205,13 +205,13 @@ fn decrypt_all<'a>(
     opened
 }
 
-fn schedule(engine: &Engine, id: Uuid) -> Result<i64, KmsError> {
+pub(super) fn schedule(engine: &Engine, id: Uuid) -> Result<i64, KmsError> {
     run(engine, "ScheduleKeyDeletion", |call, trail| {
         engine.schedule_key_deletion(call, trail, &id.to_string(), 7)
     })
 }
 
-fn cancel(engine: &Engine, id: Uuid) -> Result<(), KmsError> {
+pub(super) fn cancel(engine: &Engine, id: Uuid) -> Result<(), KmsError> {
     run(engine, "CancelKeyDeletion", |call, trail| {
         engine.cancel_key_deletion(call, trail, &id.to_string())
     })
@@ -224,18 +224,18 @@ fn confirm(engine: &Engine) {
     .unwrap();
 }
 
-fn state(engine: &Engine, id: Uuid) -> KeyState {
+pub(super) fn state(engine: &Engine, id: Uuid) -> KeyState {
     row(engine, id).state()
 }
 
-fn records_of(home: &Path, operation: &str) -> usize {
+pub(super) fn records_of(home: &Path, operation: &str) -> usize {
     let log = std::fs::read(home.join("audit.log")).unwrap();
     let name = operation.as_bytes();
     log.windows(name.len()).filter(|window| *window == name).count()
 }
 
 /// Copies a home, but for its reserve, which has no content.
-fn copy(from: &Path, to: &Path) {
+pub(super) fn copy(from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();
     for entry in from.read_dir().unwrap() {
         let entry = entry.unwrap();
@@ -785,6 +785,33 @@ fn only_a_keystore_for_drills_lets_its_clock_be_shifted_and_keeps_the_shift() {
     assert_eq!(engine.destroy_due().unwrap(), [id]);
     assert!(engine.info().manifest.test_clock);
     assert_eq!(engine.position().epoch, 2, "and the mark goes with it");
+}
+
+/// tests/golden/v1, which has neither observed time nor anything else of a ratchet.
+#[test]
+fn a_keystore_that_version_1_wrote_leaves_a_key_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    let home = directory.path().join("home");
+    copy(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1/home"),
+        &home,
+    );
+    let clock = HostClock::new();
+    let engine = Engine::open(&home, clock.clone()).unwrap();
+    let enabled: Vec<_> = engine
+        .key_ids()
+        .into_iter()
+        .filter(|&id| state(&engine, id) == KeyState::Enabled)
+        .collect();
+    let (dies, lives) = (enabled[0], enabled[1]);
+    let (dying, living) = (encrypt(&engine, dies), encrypt(&engine, lives));
+    schedule(&engine, dies).unwrap();
+    clock.pass(WEEK_MS);
+    assert!(engine.destroy_due().unwrap().contains(&dies));
+    drop(engine);
+    let engine = Engine::open(&home, clock).unwrap();
+    assert_eq!(decrypt(&engine, &living).unwrap(), lives.as_bytes());
+    assert_eq!(decrypt(&engine, &dying).unwrap_err().code, Code::KeyNotFound);
 }
 
 #[test]

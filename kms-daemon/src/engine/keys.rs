@@ -13,6 +13,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
+/// The origin of keys whose material is imported.
+pub(super) const EXTERNAL: &str = "EXTERNAL";
 /// Keys in one keystore, at most.
 const KEYS_MAX: usize = 10_000;
 /// Bytes of a description, at most.
@@ -30,14 +32,14 @@ pub struct NewKey {
     pub key_spec: String,
     /// ENCRYPT/DECRYPT
     pub key_usage: String,
-    /// Aliyun_KMS
+    /// Aliyun_KMS or EXTERNAL
     pub origin: String,
     /// SOFTWARE
     pub protection_level: String,
 }
 
 impl Engine {
-    /// Makes a key with one version, Enabled.
+    /// Makes a key with one version: Enabled, or PendingImport if its origin is EXTERNAL.
     ///
     /// # Errors
     /// `InvalidParameter`, `Rejected.LimitExceeded`.
@@ -50,28 +52,34 @@ impl Engine {
             given if given == supported => Ok(supported.to_owned()),
             _ => Err(KmsError::invalid(parameter, &format!("must be {supported}"))),
         };
+        let is_external = new.origin == EXTERNAL;
         let (key_id, version_id) = (fresh_uuid()?, fresh_uuid()?);
         let now = self.clock.now_ms();
         let row = KeyRow {
             revision: 1,
             key_id: key_id.as_bytes().to_vec(),
-            state: KeyState::Enabled.into(),
+            state: if is_external {
+                KeyState::PendingImport.into()
+            } else {
+                KeyState::Enabled.into()
+            },
             key_spec: only("KeySpec", &new.key_spec, "Aliyun_AES_256")?,
             key_usage: only("KeyUsage", &new.key_usage, "ENCRYPT/DECRYPT")?,
-            origin: only("Origin", &new.origin, "Aliyun_KMS")?,
+            origin: match new.origin.as_str() {
+                "" | "Aliyun_KMS" => "Aliyun_KMS".to_owned(),
+                EXTERNAL => EXTERNAL.to_owned(),
+                _ => return Err(KmsError::invalid("Origin", "must be Aliyun_KMS or EXTERNAL")),
+            },
             protection_level: only("ProtectionLevel", &new.protection_level, "SOFTWARE")?,
             description: new.description.clone(),
             creator_uid: call.principal.uid,
             created_ms: now,
-            delete_ms: None,
             primary_version: version_id.as_bytes().to_vec(),
             versions: vec![VersionRow {
                 version_id: version_id.as_bytes().to_vec(),
                 created_ms: now,
             }],
-            delete_observed_ms: None,
-            destroying: None,
-            destroyed_ms: None,
+            ..KeyRow::default()
         };
         if self.keys.read().len() >= KEYS_MAX {
             let message = format!("this keystore holds {KEYS_MAX} keys, which is its limit");
@@ -80,6 +88,9 @@ impl Engine {
         let material = SecretKey::generate().map_err(|_| internal())?;
         let build = |change: &mut Change<'_>| {
             change.put(Table::Keys, key_id.as_bytes(), &row.encode_to_vec())?;
+            if is_external {
+                return Ok(());
+            }
             let name = material_key(key_id, version_id);
             change.put(Table::Material, &name, material.expose())
         };
@@ -120,6 +131,7 @@ impl Engine {
     pub fn enable_key(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
         self.transition(call, trail, key, Effect::Other, |row| match row.state() {
             KeyState::Enabled => Ok(false),
+            KeyState::Disabled if self.is_expired(row) => Err(refusal(KeyState::PendingImport)),
             KeyState::Disabled => {
                 row.set_state(KeyState::Enabled);
                 Ok(true)
@@ -174,14 +186,19 @@ impl Engine {
         row.delete_ms.ok_or_else(internal)
     }
 
-    /// PendingDeletion -> Enabled, as the cloud API has it.
+    /// PendingDeletion -> Enabled, as the cloud API has it; -> PendingImport if it has no material.
     ///
     /// # Errors
     /// `Rejected.StateModifiedFailed` in any other state, and once its material has been left behind.
     pub fn cancel_key_deletion(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
         self.transition(call, trail, key, Effect::Other, |row| match row.state() {
             KeyState::PendingDeletion if row.destroying.is_none() => {
-                row.set_state(KeyState::Enabled);
+                let lacks_material = row.origin == EXTERNAL && !row.imported;
+                row.set_state(if lacks_material {
+                    KeyState::PendingImport
+                } else {
+                    KeyState::Enabled
+                });
                 row.delete_ms = None;
                 row.delete_observed_ms = None;
                 Ok(true)
@@ -193,7 +210,7 @@ impl Engine {
 
     /// Holds the key's write lock over `step`, which says whether it changed the row, and over the commit. The row as it
     /// is then.
-    fn transition(
+    pub(super) fn transition(
         &self,
         call: &Call,
         trail: &mut Trail,
@@ -329,7 +346,7 @@ pub(super) fn not_found(key: &str) -> KmsError {
 }
 
 /// Why a key in `state` cannot be used.
-fn refusal(state: KeyState) -> KmsError {
+pub(super) fn refusal(state: KeyState) -> KmsError {
     let (code, message) = match state {
         KeyState::Disabled => (Code::Disabled, "the key is Disabled"),
         KeyState::PendingDeletion => (Code::PendingDeletion, "the key is PendingDeletion"),
@@ -341,7 +358,7 @@ fn refusal(state: KeyState) -> KmsError {
 }
 
 /// Why a key in `state` cannot go where it was told to.
-fn not_from(state: KeyState) -> KmsError {
+pub(super) fn not_from(state: KeyState) -> KmsError {
     let name = match state {
         KeyState::Enabled => "Enabled",
         KeyState::Disabled => "Disabled",

@@ -2,7 +2,7 @@
 //!
 //! Every call goes through [`Engine::run`], which writes its audit record before the answer leaves. Locks are taken in
 //! this order: aliases, one key's state (several: in the order of their ids), the manifest, then leaves, of which none is
-//! held while another is taken: the observed time, the cached materials, the sessions, the store's own. Whoever writes a row
+//! held while another is taken: the observed time, the cached materials, the offers of import, the sessions, the store's own. Whoever writes a row
 //! holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so every change waits for
 //! that; the keys that die are locked from before their intent is recorded until they are Destroyed. A call that uses a
 //! key holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
@@ -15,6 +15,9 @@ mod destruction;
 #[cfg(test)]
 mod destruction_tests;
 mod filesystem;
+mod import;
+#[cfg(test)]
+mod import_tests;
 mod keys;
 mod open;
 mod refusals;
@@ -39,6 +42,7 @@ use crate::observed::Observed;
 use crate::rows::{AliasRow, CHECKPOINT_KEY, CheckpointRow, KeyRow, MANIFEST_KEY, ManifestRow};
 use crate::slot::{Keeper, SlotKind};
 use crate::store::{Change, RowSet, Store, StoreError, Table};
+use import::Imports;
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
 use kms_crypto::{NonceSource, SecretKey};
@@ -101,6 +105,7 @@ pub struct Engine {
     aliases: RwLock<BTreeMap<String, AliasRow>>,
     /// By key and version; what is disabled is not in here.
     materials: Mutex<LruCache<(Uuid, Uuid), Arc<SecretKey>>>,
+    imports: Imports,
     sessions: Sessions,
     session_nonces: NonceSource,
     refusals: Refusals,

@@ -285,6 +285,7 @@ impl Engine {
             keys: RwLock::new(keys),
             aliases: RwLock::new(aliases),
             materials: Mutex::new(LruCache::new(MATERIALS_MAX)),
+            imports: super::Imports::default(),
             sessions: super::Sessions::default(),
             session_nonces: NonceSource::new()?,
             refusals: super::Refusals::default(),

@@ -27,6 +27,7 @@ pub(super) fn metadata(engine: &Engine, row: KeyRow) -> Result<proto::KeyMetadat
         delete_date_ms: row.delete_ms,
         primary_key_version: primary.to_string(),
         destruction_date_ms: destroyed_ms,
+        material_expire_time_ms: row.material_expires_ms,
     })
 }
 

@@ -171,6 +171,59 @@ impl Kms for KmsService {
         self.0.serve("CancelKeyDeletion", request, handler).await
     }
 
+    async fn get_parameters_for_import(
+        &self,
+        request: Request<proto::GetParametersForImportRequest>,
+    ) -> Answer<proto::GetParametersForImportResponse> {
+        let handler = |engine: &Engine,
+                       call: &Call,
+                       trail: &mut Trail,
+                       request: proto::GetParametersForImportRequest| {
+            let (algorithm, spec) = (&request.wrapping_algorithm, &request.wrapping_key_spec);
+            let offered = engine.get_parameters_for_import(trail, &request.key_id, algorithm, spec)?;
+            Ok(proto::GetParametersForImportResponse {
+                key_id: offered.key_id.to_string(),
+                public_key: offered.public_key,
+                import_token: offered.token,
+                token_expire_time_ms: offered.expires_ms,
+                request_id: call.request_id.to_string(),
+            })
+        };
+        self.0.serve("GetParametersForImport", request, handler).await
+    }
+
+    async fn import_key_material(
+        &self,
+        request: Request<proto::ImportKeyMaterialRequest>,
+    ) -> Answer<proto::ImportKeyMaterialResponse> {
+        let handler =
+            |engine: &Engine, call: &Call, trail: &mut Trail, request: proto::ImportKeyMaterialRequest| {
+                let sealed = (
+                    request.encrypted_key_material.as_slice(),
+                    request.import_token.as_slice(),
+                );
+                let expire_unix = request.key_material_expire_unix;
+                engine.import_key_material(call, trail, &request.key_id, sealed, expire_unix)?;
+                Ok(proto::ImportKeyMaterialResponse {
+                    request_id: call.request_id.to_string(),
+                })
+            };
+        self.0.serve("ImportKeyMaterial", request, handler).await
+    }
+
+    async fn delete_key_material(
+        &self,
+        request: Request<proto::DeleteKeyMaterialRequest>,
+    ) -> Answer<proto::DeleteKeyMaterialResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::DeleteKeyMaterialRequest| {
+            engine.delete_key_material(call, &request.key_id)?;
+            Ok(proto::DeleteKeyMaterialResponse {
+                request_id: call.request_id.to_string(),
+            })
+        };
+        self.0.serve_with("DeleteKeyMaterial", request, handler).await
+    }
+
     async fn create_alias(
         &self,
         request: Request<proto::CreateAliasRequest>,

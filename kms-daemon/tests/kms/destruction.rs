@@ -114,16 +114,6 @@ fn a_production_keystore_cannot_shift_its_clock() {
     }
 }
 
-#[test]
-fn a_keystore_that_version_1_wrote_leaves_a_key_behind() {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1");
-    let mut kms = Kms::copied(&golden.join("home"));
-    kms.serve(&[]);
-    let info = info(&kms);
-    assert_eq!((&info["Epoch"], &info["Drill"]), (&1.into(), &false.into()));
-    assert_eq!(describe(&kms, "alias/golden")["KeyState"], "Enabled");
-}
-
 /// The daemon dies when a file of the ratchet comes or goes, wherever it is by then.
 #[test]
 fn kill_9_in_the_midst_of_a_destruction_loses_no_survivor() {

@@ -48,7 +48,20 @@ pub(crate) fn key_metadata(key: &proto::KeyMetadata) -> Value {
     if let (Some(ms), Some(fields)) = (key.destruction_date_ms, metadata.as_object_mut()) {
         fields.insert("DestructionDate".to_owned(), time(ms));
     }
+    if let (Some(ms), Some(fields)) = (key.material_expire_time_ms, metadata.as_object_mut()) {
+        fields.insert("MaterialExpireTime".to_owned(), time(ms));
+    }
     metadata
+}
+
+pub(crate) fn import(answer: &proto::GetParametersForImportResponse) -> Value {
+    json!({
+        "KeyId": answer.key_id,
+        "PublicKey": base64(&answer.public_key),
+        "ImportToken": base64(&answer.import_token),
+        "TokenExpireTime": time(answer.token_expire_time_ms),
+        "RequestId": answer.request_id,
+    })
 }
 
 pub(crate) fn keystore(answer: &proto::GetKeystoreInfoResponse) -> Value {

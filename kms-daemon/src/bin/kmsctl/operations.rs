@@ -83,6 +83,36 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
             let answer = call!(client, schedule_key_deletion, request)?;
             Ok(json!({ "DeleteDate": json::time(answer.delete_date_ms), "RequestId": answer.request_id }))
         }
+        KeyOperation::GetParametersForImport {
+            key,
+            wrapping_algorithm,
+            wrapping_key_spec,
+        } => {
+            let request = proto::GetParametersForImportRequest {
+                key_id: key.key_id,
+                wrapping_algorithm,
+                wrapping_key_spec,
+            };
+            Ok(json::import(&call!(client, get_parameters_for_import, request)?))
+        }
+        KeyOperation::ImportKeyMaterial {
+            key,
+            encrypted_key_material,
+            import_token,
+            key_material_expire_unix,
+        } => {
+            let request = proto::ImportKeyMaterialRequest {
+                key_id: key.key_id,
+                encrypted_key_material: encrypted_key_material.0,
+                import_token: import_token.0,
+                key_material_expire_unix,
+            };
+            Ok(done(&call!(client, import_key_material, request)?.request_id))
+        }
+        KeyOperation::DeleteKeyMaterial(named) => {
+            let request = proto::DeleteKeyMaterialRequest { key_id: named.key_id };
+            Ok(done(&call!(client, delete_key_material, request)?.request_id))
+        }
         KeyOperation::CancelKeyDeletion(named) => {
             let request = proto::CancelKeyDeletionRequest { key_id: named.key_id };
             Ok(done(&call!(client, cancel_key_deletion, request)?.request_id))
