@@ -298,6 +298,16 @@ fn a_hundred_of_a_thousand_keys_die_in_one_ratchet() {
         assert_eq!(bed.engine().home.roots().unwrap(), [2]);
         bed.reopen();
     }
+    // A row that moved is found under its new name, and by no other.
+    for name in ["alias/number-7", "alias/number-70"] {
+        run(bed.engine(), "DeleteAlias", |call, trail| {
+            bed.engine().delete_alias(call, trail, name)
+        })
+        .unwrap();
+    }
+    bed.reopen();
+    assert_eq!(bed.engine().alias_target("alias/number-7"), None);
+    assert_eq!(bed.engine().alias_target("alias/number-14"), Some(keys[14]));
     assert_eq!(records_of(&bed.home(), "BeginKeyDestruction"), 1);
     assert_eq!(records_of(&bed.home(), "DestroyKeyMaterial"), 1);
 }

@@ -6,6 +6,8 @@ use super::destruction_tests::{
 use super::tests::{create, row, run};
 use super::{Engine, NewKey};
 use crate::clock::Clock;
+use crate::ratchet::Step;
+use crate::rows::KeyRow;
 use crate::store::Table;
 use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OaepPublicEncryptingKey, PublicEncryptingKey};
 use kms_api::proto::KeyState;
@@ -264,6 +266,46 @@ fn material_that_expires_goes_by_the_ratchet_and_may_be_renewed_before() {
     assert_eq!(records_of(&bed.home(), "ExpireKeyMaterial"), 1);
     import(engine, id, &MATERIAL, 0).unwrap();
     assert_eq!(decrypt(engine, &blob).unwrap(), id.as_bytes());
+}
+
+/// Its row is Disabled until the old slot is gone, and nobody may bring it back.
+#[test]
+fn a_key_whose_material_was_left_behind_goes_nowhere_but_to_pending_import() {
+    for reopens in [false, true] {
+        let mut bed = Bed::new();
+        let id = external(bed.engine());
+        import(bed.engine(), id, &MATERIAL, 0).unwrap();
+        run(bed.engine(), "DisableKey", |call, trail| {
+            bed.engine().disable_key(call, trail, &id.to_string())
+        })
+        .unwrap();
+        let only = |row: &KeyRow| (row.key_id == id.as_bytes()).then_some(KeyState::PendingImport);
+        let stopped = bed
+            .engine()
+            .destroy(bed.engine().candidates(only), &mut |step| match step {
+                Step::SlotOverwritten => Err(std::io::Error::other("injected")),
+                _ => Ok(()),
+            });
+        assert_eq!(stopped.unwrap_err().code, Code::InternalFailure);
+        assert_eq!(state(bed.engine(), id), KeyState::Disabled);
+        let enabled = run(bed.engine(), "EnableKey", |call, trail| {
+            bed.engine().enable_key(call, trail, &id.to_string())
+        });
+        assert_eq!(enabled.unwrap_err().code, Code::PendingImport);
+        for refused in [
+            schedule(bed.engine(), id).map(drop),
+            offer(bed.engine(), id).map(drop),
+        ] {
+            assert_eq!(refused.unwrap_err().code, Code::StateModifiedFailed);
+        }
+        if reopens {
+            bed.reopen();
+        } else {
+            bed.engine().destroy_due().unwrap();
+        }
+        assert_eq!(state(bed.engine(), id), KeyState::PendingImport);
+        assert_eq!(bed.engine().home.slots().unwrap(), [2]);
+    }
 }
 
 /// While the clock is to be confirmed nothing is destroyed; what has expired is refused all the same.

@@ -131,7 +131,9 @@ impl Engine {
     pub fn enable_key(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
         self.transition(call, trail, key, Effect::Other, |row| match row.state() {
             KeyState::Enabled => Ok(false),
-            KeyState::Disabled if self.is_expired(row) => Err(refusal(KeyState::PendingImport)),
+            KeyState::Disabled if self.is_expired(row) || row.destroying.is_some() => {
+                Err(refusal(KeyState::PendingImport))
+            }
             KeyState::Disabled => {
                 row.set_state(KeyState::Enabled);
                 Ok(true)
@@ -175,6 +177,7 @@ impl Engine {
         }
         let row = self.transition(call, trail, key, Effect::Restrictive, |row| match row.state() {
             state @ (KeyState::PendingDeletion | KeyState::Destroyed) => Err(refusal(state)),
+            state if row.destroying.is_some() => Err(not_from(state)),
             _ => {
                 let window_ms = i64::from(window_days) * DAY_MS;
                 row.set_state(KeyState::PendingDeletion);

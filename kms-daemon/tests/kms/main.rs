@@ -10,5 +10,6 @@ mod daemon;
 mod destruction;
 mod fixture;
 mod golden;
+mod import;
 mod keys;
 mod sessions;
