@@ -41,14 +41,15 @@ fn ask(prompt: &str) -> Result<Zeroizing<Vec<u8>>, SlotError> {
 }
 
 fn read_hidden(prompt: &str) -> io::Result<Zeroizing<Vec<u8>>> {
-    let mut terminal = File::options().read(true).write(true).open(TERMINAL)?;
-    terminal.write_all(prompt.as_bytes())?;
+    let terminal = File::options().read(true).write(true).open(TERMINAL)?;
     let hidden = Hidden::begin(&terminal)?;
+    // Not before: what is typed ahead is thrown away, since the terminal has shown it.
+    (&terminal).write_all(prompt.as_bytes())?;
     let mut line = Zeroizing::new(Vec::with_capacity(4096));
     // A terminal gives no line that is longer than 4096 bytes. The reader's own buffer is the smallest there is.
     BufReader::with_capacity(1, &terminal).read_until(b'\n', &mut line)?;
     drop(hidden);
-    terminal.write_all(b"\n")?;
+    (&terminal).write_all(b"\n")?;
     Ok(line)
 }
 
