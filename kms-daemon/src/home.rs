@@ -76,6 +76,15 @@ impl Home {
         Self::lock(path)
     }
 
+    /// The slot of a home that need not be locked.
+    ///
+    /// # Errors
+    /// [`HomeError::NotAKeystore`]
+    pub fn present_slot(path: &Path) -> Result<PathBuf, HomeError> {
+        let epoch = latest_epoch(path)?.ok_or_else(|| HomeError::NotAKeystore(path.to_owned()))?;
+        Ok(path.join(format!("slot-{epoch}")))
+    }
+
     fn lock(path: &Path) -> Result<Self, HomeError> {
         let lock_path = path.join("lock");
         let lock = OpenOptions::new()
@@ -107,6 +116,55 @@ impl Home {
     #[must_use]
     pub fn slot(&self, epoch: u64) -> PathBuf {
         self.path.join(format!("slot-{epoch}"))
+    }
+
+    /// `slot-E.staged`: it selects nothing until it is renamed.
+    #[must_use]
+    pub fn staged_slot(&self, epoch: u64) -> PathBuf {
+        self.path.join(format!("slot-{epoch}.staged"))
+    }
+
+    /// The epochs that have a slot, in order.
+    ///
+    /// # Errors
+    /// [`HomeError::Io`]
+    pub fn slots(&self) -> Result<Vec<u64>, HomeError> {
+        numbered(&self.path, "slot-", "")
+    }
+
+    /// The epochs that have a staged slot, in order.
+    ///
+    /// # Errors
+    /// [`HomeError::Io`]
+    pub fn staged_slots(&self) -> Result<Vec<u64>, HomeError> {
+        numbered(&self.path, "slot-", ".staged")
+    }
+
+    /// The epochs that have a sealed root key, in order.
+    ///
+    /// # Errors
+    /// [`HomeError::Io`]
+    pub fn roots(&self) -> Result<Vec<u64>, HomeError> {
+        numbered(&self.path, "root-", "")
+    }
+
+    /// Lets the staged slot of an epoch select it; durable after [`Self::sync`] only.
+    ///
+    /// # Errors
+    /// [`HomeError::Io`]; nothing was changed.
+    pub fn select_slot(&self, epoch: u64) -> Result<(), HomeError> {
+        let staged = self.staged_slot(epoch);
+        std::fs::rename(&staged, self.slot(epoch)).map_err(HomeError::io(&staged))
+    }
+
+    /// Makes the names in the home durable.
+    ///
+    /// # Errors
+    /// [`HomeError::Io`]: nobody knows which of them the disk holds.
+    pub fn sync(&self) -> Result<(), HomeError> {
+        File::open(&self.path)
+            .and_then(|directory| directory.sync_all())
+            .map_err(HomeError::io(&self.path))
     }
 
     /// `root-E`
@@ -204,16 +262,52 @@ pub(crate) fn sync_parent(path: &Path) -> Result<(), HomeError> {
         .map_err(HomeError::io(parent))
 }
 
-fn latest_epoch(path: &Path) -> Result<Option<u64>, HomeError> {
-    let entries = match path.read_dir() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        entries => entries.map_err(HomeError::io(path))?,
-    };
-    let mut latest = None;
-    for entry in entries {
-        let name = entry.map_err(HomeError::io(path))?.file_name();
-        let epoch = name.to_str().and_then(|name| name.strip_prefix("slot-"));
-        latest = latest.max(epoch.and_then(|epoch| epoch.parse().ok()));
+/// Overwrites a file, then removes it; durable when this returns. `overwritten` is called between the two. What that is worth
+/// depends on what lies under the file: old bytes may live on in flash, journals, snapshots and backups.
+pub(crate) fn erase(
+    path: &Path,
+    overwritten: impl FnOnce() -> Result<(), HomeError>,
+) -> Result<(), HomeError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .map_err(HomeError::io(path))?;
+    let length = file.metadata().map_err(HomeError::io(path))?.len();
+    let zeros = vec![0; usize::try_from(length).unwrap_or_default()];
+    std::os::unix::fs::FileExt::write_all_at(&file, &zeros, 0)
+        .and_then(|()| file.sync_all())
+        .map_err(HomeError::io(path))?;
+    overwritten()?;
+    remove(path)
+}
+
+/// Removes a file, durably; one that is not there is removed already.
+pub(crate) fn remove(path: &Path) -> Result<(), HomeError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(HomeError::io(path)(error)),
+        _ => sync_parent(path),
     }
-    Ok(latest)
+}
+
+fn latest_epoch(path: &Path) -> Result<Option<u64>, HomeError> {
+    match numbered(path, "slot-", "") {
+        Err(HomeError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        epochs => Ok(epochs?.last().copied()),
+    }
+}
+
+/// The numbers in the names of files, in order. A name with a number that we would have written otherwise is not ours.
+fn numbered(path: &Path, prefix: &str, suffix: &str) -> Result<Vec<u64>, HomeError> {
+    let mut numbers = Vec::new();
+    for entry in path.read_dir().map_err(HomeError::io(path))? {
+        let name = entry.map_err(HomeError::io(path))?.file_name();
+        let number = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(prefix)?.strip_suffix(suffix));
+        let parsed = number.and_then(|number| number.parse::<u64>().ok());
+        numbers.extend(parsed.filter(|parsed| Some(parsed.to_string().as_str()) == number));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
 }

@@ -3,6 +3,13 @@
 use kms_api::proto::KeyState;
 use prost::Message;
 
+/// The key of the one [`ManifestRow`] of an epoch.
+pub const MANIFEST_KEY: &[u8] = b"manifest";
+/// The key of the one [`CheckpointRow`].
+pub const CHECKPOINT_KEY: &[u8] = b"audit";
+/// The key of the one [`TimeRow`].
+pub const TIME_KEY: &[u8] = b"time";
+
 /// The keystore as a whole.
 #[derive(Clone, PartialEq, Message)]
 pub struct ManifestRow {
@@ -39,6 +46,32 @@ pub struct ManifestRow {
     /// What the rows of keys, material and aliases must add up to; see `store`.
     #[prost(bytes = "vec", tag = "11")]
     pub row_set: Vec<u8>,
+}
+
+/// What was seen of the clocks; docs/kms-format.md says what for.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct TimeRow {
+    /// CLOCK_BOOTTIME that daemons of this keystore saw pass, in milliseconds.
+    #[prost(uint64, tag = "1")]
+    pub observed_ms: u64,
+    /// /proc/sys/kernel/random/boot_id of the last of them.
+    #[prost(string, tag = "2")]
+    pub boot_id: String,
+    /// CLOCK_BOOTTIME when this was written, in milliseconds.
+    #[prost(uint64, tag = "3")]
+    pub boot_ms: u64,
+    /// The wall clock when this was written, in milliseconds since the Unix epoch.
+    #[prost(int64, tag = "4")]
+    pub wall_ms: i64,
+    /// The wall clock less CLOCK_BOOTTIME, as they were believed last, in milliseconds.
+    #[prost(int64, tag = "5")]
+    pub offset_ms: i64,
+    /// Nothing is destroyed until an administrator has confirmed the clock.
+    #[prost(bool, tag = "6")]
+    pub suspended: bool,
+    /// How far AdvanceClock has shifted both clocks, in milliseconds; 0 but in a keystore for drills.
+    #[prost(uint64, tag = "7")]
+    pub shift_ms: u64,
 }
 
 /// How far the audit log is known to reach.
@@ -84,7 +117,7 @@ pub struct KeyRow {
     /// ENCRYPT/DECRYPT
     #[prost(string, tag = "5")]
     pub key_usage: String,
-    /// Aliyun_KMS
+    /// Aliyun_KMS or EXTERNAL
     #[prost(string, tag = "6")]
     pub origin: String,
     /// SOFTWARE
@@ -99,7 +132,7 @@ pub struct KeyRow {
     /// Milliseconds since the Unix epoch.
     #[prost(int64, tag = "10")]
     pub created_ms: i64,
-    /// When deletion is due; set in PendingDeletion only.
+    /// When deletion is due, by the wall clock; set in PendingDeletion only.
     #[prost(int64, optional, tag = "11")]
     pub delete_ms: Option<i64>,
     /// UUID of the version that encrypts.
@@ -108,6 +141,28 @@ pub struct KeyRow {
     /// Every version, oldest first.
     #[prost(message, repeated, tag = "13")]
     pub versions: Vec<VersionRow>,
+    /// The observed time at which deletion is due, in milliseconds; both must have passed. Set in PendingDeletion only.
+    #[prost(uint64, optional, tag = "16")]
+    pub delete_observed_ms: Option<u64>,
+    /// What the key becomes when the slot that opens its material is gone: the ratchet has left its material behind.
+    #[prost(enumeration = "KeyState", optional, tag = "17")]
+    pub destroying: Option<i32>,
+    /// When its material was destroyed, in milliseconds since the Unix epoch.
+    #[prost(int64, optional, tag = "18")]
+    pub destroyed_ms: Option<i64>,
+    /// Origin EXTERNAL: whether it has its material.
+    #[prost(bool, tag = "19")]
+    pub imported: bool,
+    /// When imported material goes away, in milliseconds since the Unix epoch.
+    #[prost(int64, optional, tag = "20")]
+    pub material_expires_ms: Option<i64>,
+    /// Of the material that was imported first: only the same may come again. HMAC-SHA-256 of the key id, the version id and the
+    /// material, under the key below.
+    #[prost(bytes = "vec", tag = "21")]
+    pub fingerprint: Vec<u8>,
+    /// Random, 32 bytes.
+    #[prost(bytes = "vec", tag = "22")]
+    pub fingerprint_key: Vec<u8>,
 }
 
 /// One alias.

@@ -1,20 +1,22 @@
 //! RocksDB as a store of sealed rows: nothing reaches it in the clear, and no row can be swapped, moved, put back or
 //! left out unnoticed. docs/kms-format.md gives the bytes.
 
-use crate::slot::RootSlot;
-use kms_crypto::{
-    CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, TAG_LEN, Tag, derive,
-};
+use crate::epoch::EpochKeys;
+use kms_crypto::CryptoError;
 use parking_lot::{RwLock, RwLockReadGuard};
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode,
-    Direction, IteratorMode, Options, WriteBatch, WriteOptions,
+    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
+    CompactOptions, DB, DBCompressionType, DBRecoveryMode, Direction, IteratorMode, Options, WriteBatch,
+    WriteOptions,
 };
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use uuid::Uuid;
 use zeroize::Zeroizing;
 
-const FORMAT: u8 = 1;
+/// Behind every key of every epoch.
+const LAST_KEY: [u8; 9] = [0xff; 9];
 const BLOCK_CACHE_BYTES: usize = 8 << 20;
 const WRITE_BUFFER_BYTES: usize = 4 << 20;
 const WAL_BYTES_MAX: u64 = 16 << 20;
@@ -32,6 +34,9 @@ pub enum StoreError {
     /// It could not be opened again after a failure.
     #[error("the key store's database is closed after a failure; there may be no room for it")]
     Closed,
+    /// Nobody knows which epoch the disk selects.
+    #[error("the key store is closed until kmsd is started anew: its root slot may or may not have changed")]
+    Abandoned,
     /// The rows are not those that the manifest was written with.
     #[error("rows were put back, taken away or added behind the daemon's back")]
     RowSet,
@@ -58,7 +63,8 @@ pub enum Table {
 }
 
 impl Table {
-    const ALL: [Self; 6] = [
+    /// Every table.
+    pub const ALL: [Self; 6] = [
         Self::Manifest,
         Self::Keys,
         Self::Material,
@@ -70,7 +76,9 @@ impl Table {
     /// The tables whose every row the manifest answers for.
     const COUNTED: [Self; 3] = [Self::Keys, Self::Material, Self::Aliases];
 
-    const fn name(self) -> &'static str {
+    /// The column family's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Manifest => "manifest",
             Self::Keys => "keys",
@@ -98,18 +106,28 @@ impl RowSet {
 /// A row's key, without the epoch, and its opened value.
 pub type Row = (Vec<u8>, Zeroizing<Vec<u8>>);
 
-/// The sealed rows of one epoch.
+/// The sealed rows of one epoch. Other epochs' rows may lie beside them while the keystore moves from one to the next.
 pub struct Store {
-    /// None between a failure and the next attempt to open it again.
-    db: RwLock<Option<DB>>,
+    state: RwLock<State>,
     path: PathBuf,
-    keystore_id: Uuid,
-    epoch: u64,
-    metadata: Sealer,
-    material: Sealer,
-    names: Prf,
-    row_set: Prf,
-    nonces: NonceSource,
+}
+
+struct State {
+    /// None between a failure and the next attempt to open it again.
+    db: Option<DB>,
+    keys: Arc<EpochKeys>,
+    /// It is not to be opened again by this process.
+    abandoned: bool,
+}
+
+impl State {
+    fn db(&self) -> Result<&DB, StoreError> {
+        match &self.db {
+            Some(db) => Ok(db),
+            None if self.abandoned => Err(StoreError::Abandoned),
+            None => Err(StoreError::Closed),
+        }
+    }
 }
 
 impl Store {
@@ -117,43 +135,27 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Database`]
-    pub fn open(
-        path: &Path,
-        slot: &dyn RootSlot,
-        root: &SecretKey,
-        create: bool,
-    ) -> Result<Self, StoreError> {
-        let keystore_id = slot.keystore_id();
-        let key = |label| derive(root, KeySalt(keystore_id.as_bytes()), label);
+    pub fn open(path: &Path, keys: EpochKeys, create: bool) -> Result<Self, StoreError> {
         Ok(Self {
-            db: RwLock::new(Some(open_database(path, create)?)),
+            state: RwLock::new(State {
+                db: Some(open_database(path, create)?),
+                keys: Arc::new(keys),
+                abandoned: false,
+            }),
             path: path.to_owned(),
-            keystore_id,
-            epoch: slot.epoch(),
-            metadata: Sealer::new(key(Label::KeystoreMetadata)),
-            material: Sealer::new(key(Label::KeystoreMaterial)),
-            names: Prf::new(key(Label::KeystoreNames)),
-            row_set: Prf::new(key(Label::KeystoreRowSet)),
-            nonces: NonceSource::new()?,
         })
     }
 
     /// The keystore that the rows belong to.
     #[must_use]
     pub fn keystore_id(&self) -> Uuid {
-        self.keystore_id
+        self.state().keys.keystore_id()
     }
 
     /// The epoch that the rows belong to.
     #[must_use]
     pub fn epoch(&self) -> u64 {
-        self.epoch
-    }
-
-    /// A row key that says nothing about `name` to whoever lacks the root key.
-    #[must_use]
-    pub fn hidden_name(&self, name: &str) -> Vec<u8> {
-        self.names.of(&[name.as_bytes()]).to_vec()
+        self.state().keys.epoch()
     }
 
     /// One row, opened.
@@ -161,11 +163,13 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`] if it is not what was written there.
     pub fn get(&self, table: Table, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, StoreError> {
-        let full = self.full_key(key);
-        let db = self.database();
-        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        let state = self.state();
+        let full = state.keys.full_key(key);
+        let db = state.db()?;
         let value = db.get_pinned_cf(family(db, table)?, &full)?;
-        value.map(|value| self.unseal(table, &full, &value)).transpose()
+        value
+            .map(|value| state.keys.unseal(table, &full, &value))
+            .transpose()
     }
 
     /// Every row of this epoch in a table, opened, in the order of the keys.
@@ -173,10 +177,18 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`] if any is not what was written there.
     pub fn scan(&self, table: Table) -> Result<Vec<Row>, StoreError> {
+        self.scan_with(&self.state().keys, table)
+    }
+
+    /// The same of the epoch that `keys` belong to.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`]
+    pub fn scan_with(&self, keys: &EpochKeys, table: Table) -> Result<Vec<Row>, StoreError> {
         let mut rows = Vec::new();
-        self.each_row(table, |full, value| {
-            let plain = self.unseal(table, full, value)?;
-            rows.push((full.get(8..).unwrap_or_default().to_vec(), plain));
+        self.each_row(keys, table, |full, value| {
+            let plain = keys.unseal(table, full, value)?;
+            rows.push((EpochKeys::short_key(full).to_vec(), plain));
             Ok(())
         })?;
         Ok(rows)
@@ -187,24 +199,106 @@ impl Store {
     /// # Errors
     /// [`StoreError::Database`]
     pub fn measure(&self) -> Result<RowSet, StoreError> {
+        self.measure_with(&self.state().keys)
+    }
+
+    /// The same of the epoch that `keys` belong to.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]
+    pub fn measure_with(&self, keys: &EpochKeys) -> Result<RowSet, StoreError> {
         let mut set = RowSet::default();
         for table in Table::COUNTED {
-            self.each_row(table, |full, value| {
-                set.toggle(self.element(table, full, value));
+            self.each_row(keys, table, |full, value| {
+                set.toggle(keys.element(table, full, value));
                 Ok(())
             })?;
         }
         Ok(set)
     }
 
-    /// Begins a batch.
+    /// Begins a batch. It must be committed before the store goes to another epoch, or not at all.
     #[must_use]
     pub fn begin(&self) -> Change<'_> {
+        self.begin_with(Arc::clone(&self.state().keys))
+    }
+
+    /// Begins a batch of rows of the epoch that `keys` belong to.
+    #[must_use]
+    pub fn begin_with(&self, keys: Arc<EpochKeys>) -> Change<'_> {
         Change {
             store: self,
+            keys,
             batch: WriteBatch::default(),
             delta: RowSet::default(),
         }
+    }
+
+    /// Goes to the epoch that `keys` belong to, whose rows are written. The keys of the epoch before are wiped when the
+    /// last change that was begun in it is gone.
+    pub fn adopt(&self, keys: Arc<EpochKeys>) {
+        self.state.write().keys = keys;
+    }
+
+    /// The epochs that have a row of this key in a table. Needs no key of them.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]
+    pub fn epochs_with(&self, table: Table, key: &[u8]) -> Result<BTreeSet<u64>, StoreError> {
+        let state = self.state();
+        let db = state.db()?;
+        let mut epochs = BTreeSet::new();
+        for row in db.iterator_cf(family(db, table)?, IteratorMode::Start) {
+            let (full, _) = row?;
+            if let Some((epoch, rest)) = full.split_first_chunk::<8>()
+                && rest == key
+            {
+                epochs.insert(u64::from_be_bytes(*epoch));
+            }
+        }
+        Ok(epochs)
+    }
+
+    /// Removes the rows of every other epoch, from the database's files, too. Nothing is written if there are none.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]; it may be called again.
+    pub fn drop_other_epochs(&self) -> Result<(), StoreError> {
+        let state = self.state();
+        let db = state.db()?;
+        let epoch = state.keys.epoch();
+        let (own, behind) = (state.keys.prefix(), epoch.saturating_add(1).to_be_bytes());
+        let mut batch = WriteBatch::default();
+        let mut found = false;
+        for table in Table::ALL {
+            let family = family(db, table)?;
+            for row in db.iterator_cf(family, IteratorMode::Start).take(1) {
+                found |= !row?.0.starts_with(&own);
+            }
+            let from = IteratorMode::From(&behind, Direction::Forward);
+            for row in db.iterator_cf(family, from).take(1) {
+                row?;
+                found = true;
+            }
+            batch.delete_range_cf(family, [].as_slice(), own.as_slice());
+            batch.delete_range_cf(family, behind.as_slice(), LAST_KEY.as_slice());
+        }
+        if !found {
+            return Ok(());
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(true);
+        db.write_opt(batch, &options)?;
+        let mut compaction = CompactOptions::default();
+        // Files of the last level, too, would keep what their ranges cover.
+        compaction.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+        for table in Table::ALL {
+            let family = family(db, table)?;
+            // The log goes when nothing in it is needed.
+            db.flush_cf(family)?;
+            db.compact_range_cf_opt(family, None::<&[u8]>, None::<&[u8]>, &compaction);
+        }
+        Ok(())
     }
 
     /// Opens the database anew: RocksDB refuses every write after one has failed, even when there is room again.
@@ -212,37 +306,57 @@ impl Store {
     /// # Errors
     /// [`StoreError::Database`]; the store is closed then, and may be opened by another attempt.
     pub fn reopen(&self) -> Result<(), StoreError> {
-        let mut db = self.db.write();
+        let mut state = self.state.write();
+        if state.abandoned {
+            return Err(StoreError::Abandoned);
+        }
         // It holds a lock on its directory.
-        drop(db.take());
-        *db = Some(open_database(&self.path, false)?);
+        drop(state.db.take());
+        state.db = Some(open_database(&self.path, false)?);
         Ok(())
     }
 
     /// Closes the database until [`Self::reopen`].
     pub fn close(&self) {
-        drop(self.db.write().take());
+        drop(self.state.write().db.take());
+    }
+
+    /// Closes the database for as long as this process runs.
+    pub fn abandon(&self) {
+        let mut state = self.state.write();
+        drop(state.db.take());
+        state.abandoned = true;
     }
 
     /// Whether it could not be opened again after a failure.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.database().is_none()
+        self.state().db.is_none()
     }
 
-    fn database(&self) -> RwLockReadGuard<'_, Option<DB>> {
+    /// A row's value as it lies in the database.
+    #[cfg(test)]
+    pub(crate) fn raw(&self, table: Table, key: &[u8]) -> Vec<u8> {
+        let state = self.state();
+        let db = state.db().unwrap();
+        let value = db.get_cf(family(db, table).unwrap(), state.keys.full_key(key));
+        value.unwrap().unwrap()
+    }
+
+    fn state(&self) -> RwLockReadGuard<'_, State> {
         // Recursive: a change that is being made reads the rows it replaces.
-        self.db.read_recursive()
+        self.state.read_recursive()
     }
 
     fn each_row(
         &self,
+        keys: &EpochKeys,
         table: Table,
         mut show: impl FnMut(&[u8], &[u8]) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        let prefix = self.epoch.to_be_bytes();
-        let db = self.database();
-        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        let prefix = keys.prefix();
+        let state = self.state();
+        let db = state.db()?;
         let rows = db.iterator_cf(
             family(db, table)?,
             IteratorMode::From(&prefix, Direction::Forward),
@@ -256,82 +370,36 @@ impl Store {
         }
         Ok(())
     }
-
-    fn seal(&self, table: Table, full_key: &[u8], plain: &[u8]) -> Result<Vec<u8>, StoreError> {
-        let nonce = self.nonces.next()?;
-        let mut value = Vec::with_capacity(1 + NONCE_LEN + plain.len() + TAG_LEN);
-        value.push(FORMAT);
-        value.extend_from_slice(&nonce.0);
-        let mut text = Zeroizing::new(plain.to_vec());
-        let tag = self
-            .sealer(table)
-            .seal(nonce, &self.aad(table, full_key), &mut text)?;
-        value.extend_from_slice(&text);
-        value.extend_from_slice(&tag.0);
-        Ok(value)
-    }
-
-    fn unseal(&self, table: Table, full_key: &[u8], value: &[u8]) -> Result<Zeroizing<Vec<u8>>, StoreError> {
-        let damaged = || StoreError::Damaged(table.name());
-        let (&[FORMAT], rest) = value.split_first_chunk::<1>().ok_or_else(damaged)? else {
-            return Err(damaged());
-        };
-        let (nonce, rest) = rest.split_first_chunk::<NONCE_LEN>().ok_or_else(damaged)?;
-        let (text, tag) = rest.split_last_chunk::<TAG_LEN>().ok_or_else(damaged)?;
-        let mut plain = Zeroizing::new(text.to_vec());
-        self.sealer(table)
-            .open(Nonce(*nonce), &self.aad(table, full_key), &mut plain, Tag(*tag))
-            .map_err(|_| damaged())?;
-        Ok(plain)
-    }
-
-    fn sealer(&self, table: Table) -> &Sealer {
-        match table {
-            Table::Material => &self.material,
-            Table::Manifest | Table::Keys | Table::Aliases | Table::PendingAudit | Table::Holders => {
-                &self.metadata
-            }
-        }
-    }
-
-    fn aad(&self, table: Table, full_key: &[u8]) -> Vec<u8> {
-        length_prefixed(&[self.keystore_id.as_bytes(), table.name().as_bytes(), full_key])
-    }
-
-    fn element(&self, table: Table, full_key: &[u8], value: &[u8]) -> RowSet {
-        RowSet(
-            self.row_set
-                .of(&[&length_prefixed(&[table.name().as_bytes(), full_key, value])]),
-        )
-    }
-
-    fn full_key(&self, key: &[u8]) -> Vec<u8> {
-        [&self.epoch.to_be_bytes(), key].concat()
-    }
 }
 
 /// Rows that are written together or not at all. A row may be named once only.
 pub struct Change<'a> {
     store: &'a Store,
+    keys: Arc<EpochKeys>,
     batch: WriteBatch,
     delta: RowSet,
 }
 
 impl Change<'_> {
+    /// A row key that says nothing about `name` to whoever lacks the root key.
+    #[must_use]
+    pub fn hidden_name(&self, name: &str) -> Vec<u8> {
+        self.keys.hidden_name(name)
+    }
+
     /// Writes a row, in place of what was there.
     ///
     /// # Errors
     /// [`StoreError`]
     pub fn put(&mut self, table: Table, key: &[u8], plain: &[u8]) -> Result<(), StoreError> {
-        let full = self.store.full_key(key);
-        let value = self.store.seal(table, &full, plain)?;
+        let full = self.keys.full_key(key);
+        let value = self.keys.seal(table, &full, plain)?;
         self.forget(table, &full)?;
         if Table::COUNTED.contains(&table) {
-            self.delta.toggle(self.store.element(table, &full, &value));
+            self.delta.toggle(self.keys.element(table, &full, &value));
         }
-        let db = self.store.database();
-        let db = db.as_ref().ok_or(StoreError::Closed)?;
-        self.batch.put_cf(family(db, table)?, &full, value);
+        let state = self.store.state();
+        self.batch.put_cf(family(state.db()?, table)?, &full, value);
         Ok(())
     }
 
@@ -340,11 +408,10 @@ impl Change<'_> {
     /// # Errors
     /// [`StoreError`]
     pub fn delete(&mut self, table: Table, key: &[u8]) -> Result<(), StoreError> {
-        let full = self.store.full_key(key);
+        let full = self.keys.full_key(key);
         self.forget(table, &full)?;
-        let db = self.store.database();
-        let db = db.as_ref().ok_or(StoreError::Closed)?;
-        self.batch.delete_cf(family(db, table)?, &full);
+        let state = self.store.state();
+        self.batch.delete_cf(family(state.db()?, table)?, &full);
         Ok(())
     }
 
@@ -361,19 +428,20 @@ impl Change<'_> {
     pub fn commit(&self, sync: bool) -> Result<(), StoreError> {
         let mut options = WriteOptions::default();
         options.set_sync(sync);
-        let db = self.store.database();
-        let db = db.as_ref().ok_or(StoreError::Closed)?;
-        Ok(db.write_opt(WriteBatch::from_data(self.batch.data()), &options)?)
+        let state = self.store.state();
+        Ok(state
+            .db()?
+            .write_opt(WriteBatch::from_data(self.batch.data()), &options)?)
     }
 
     fn forget(&mut self, table: Table, full_key: &[u8]) -> Result<(), StoreError> {
         if !Table::COUNTED.contains(&table) {
             return Ok(());
         }
-        let db = self.store.database();
-        let db = db.as_ref().ok_or(StoreError::Closed)?;
+        let state = self.store.state();
+        let db = state.db()?;
         if let Some(old) = db.get_pinned_cf(family(db, table)?, full_key)? {
-            self.delta.toggle(self.store.element(table, full_key, &old));
+            self.delta.toggle(self.keys.element(table, full_key, &old));
         }
         Ok(())
     }
@@ -426,30 +494,18 @@ fn family_options() -> Options {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::slot::{FileRootSlot, SlotError};
+    use kms_crypto::{CryptoError, SecretKey};
 
     fn open(home: &Path, create: bool) -> Store {
-        let root = SecretKey::fill_with(|_| Ok::<(), SlotError>(())).unwrap();
-        let path = home.join("slot-1");
-        let slot = if create {
-            FileRootSlot::create(&path, Uuid::from_bytes([1; 16]), 1, &root).unwrap()
-        } else {
-            FileRootSlot::open(&path, 1).unwrap()
-        };
-        Store::open(&home.join("db"), &slot, &root, create).unwrap()
-    }
-
-    fn raw_get(store: &Store, table: Table, key: &[u8]) -> Vec<u8> {
-        let db = store.database();
-        let db = db.as_ref().unwrap();
-        let value = db.get_cf(family(db, table).unwrap(), store.full_key(key));
-        value.unwrap().unwrap()
+        let root = SecretKey::fill_with(|_| Ok::<(), CryptoError>(())).unwrap();
+        let keys = EpochKeys::derive(&root, Uuid::from_bytes([1; 16]), 1).unwrap();
+        Store::open(&home.join("db"), keys, create).unwrap()
     }
 
     fn raw_put(store: &Store, table: Table, key: &[u8], value: &[u8]) {
-        let db = store.database();
-        let db = db.as_ref().unwrap();
-        db.put_cf(family(db, table).unwrap(), store.full_key(key), value)
+        let state = store.state();
+        let db = state.db().unwrap();
+        db.put_cf(family(db, table).unwrap(), state.keys.full_key(key), value)
             .unwrap();
     }
 
@@ -462,7 +518,7 @@ mod tests {
         change.commit(true).unwrap();
         assert_eq!(store.get(Table::Keys, b"a").unwrap().unwrap().as_slice(), b"row");
         for to in [(Table::Keys, b"b".as_slice()), (Table::Aliases, b"a")] {
-            raw_put(&store, to.0, to.1, &raw_get(&store, Table::Keys, b"a"));
+            raw_put(&store, to.0, to.1, &store.raw(Table::Keys, b"a"));
             assert!(matches!(store.get(to.0, to.1), Err(StoreError::Damaged(_))));
         }
     }
@@ -483,7 +539,7 @@ mod tests {
         change.put(Table::Material, b"a", b"material").unwrap();
         change.put(Table::Manifest, b"m", b"not counted").unwrap();
         step(change);
-        let old = raw_get(&store, Table::Keys, b"a");
+        let old = store.raw(Table::Keys, b"a");
         let mut change = store.begin();
         change.put(Table::Keys, b"a", b"disabled").unwrap();
         step(change);

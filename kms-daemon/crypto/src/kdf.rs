@@ -40,6 +40,8 @@ pub enum Label {
     KeystoreRowSet,
     /// Seals the root key of one epoch; derived from the key that the root slot holds.
     KeystoreRoot,
+    /// Seals the key of a passphrase slot; derived from what Argon2id makes of the passphrase.
+    KeystorePassphrase,
     /// Seals the answers of one filesystem session; derived from its X25519 shared secret.
     Session,
 }
@@ -57,6 +59,7 @@ impl Label {
             Self::KeystoreNames => "kmsd/1/alias-names".to_owned(),
             Self::KeystoreRowSet => "kmsd/1/row-set".to_owned(),
             Self::KeystoreRoot => "kmsd/1/root".to_owned(),
+            Self::KeystorePassphrase => "kmsd/1/passphrase-slot".to_owned(),
             Self::Session => "kmsd/1/session".to_owned(),
         }
         .into_bytes()
@@ -95,7 +98,7 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const LABELS: [Label; 13] = [
+    const LABELS: [Label; 14] = [
         Label::VolumeRecords { domain: 0 },
         Label::VolumeRecords { domain: 1 },
         Label::VolumeNames { domain: 0 },
@@ -108,6 +111,7 @@ mod tests {
         Label::KeystoreNames,
         Label::KeystoreRowSet,
         Label::KeystoreRoot,
+        Label::KeystorePassphrase,
         Label::Session,
     ];
 

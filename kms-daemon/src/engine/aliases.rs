@@ -29,6 +29,7 @@ impl Engine {
         let mut aliases = self.aliases.write();
         let id = self.resolve_id(key)?;
         trail.note(self.arn(id));
+        self.must_live(id)?;
         if aliases.contains_key(alias) {
             return Err(KmsError::new(
                 Code::AliasExists,
@@ -64,6 +65,7 @@ impl Engine {
         let mut aliases = self.aliases.write();
         let id = self.resolve_id(key)?;
         trail.note(self.arn(id));
+        self.must_live(id)?;
         let row = aliases.get_mut(alias).ok_or_else(|| not_found(alias))?;
         let next = AliasRow {
             revision: row.revision + 1,
@@ -86,8 +88,11 @@ impl Engine {
         if let Ok(id) = Uuid::from_slice(&row.key_id) {
             trail.note(self.arn(id));
         }
-        let name = self.store.hidden_name(alias);
-        let build = |change: &mut Change<'_>| change.delete(Table::Aliases, &name);
+        // Its name is hidden under keys of the epoch that it is written in.
+        let build = |change: &mut Change<'_>| {
+            let name = change.hidden_name(alias);
+            change.delete(Table::Aliases, &name)
+        };
         self.commit(call, trail, Effect::Other, build, |_| {})?;
         aliases.remove(alias);
         Ok(())
@@ -122,8 +127,10 @@ impl Engine {
     }
 
     fn write_alias(&self, call: &Call, trail: &mut Trail, row: &AliasRow) -> Result<(), KmsError> {
-        let name = self.store.hidden_name(&row.name);
-        let build = |change: &mut Change<'_>| change.put(Table::Aliases, &name, &row.encode_to_vec());
+        let build = |change: &mut Change<'_>| {
+            let name = change.hidden_name(&row.name);
+            change.put(Table::Aliases, &name, &row.encode_to_vec())
+        };
         self.commit(call, trail, Effect::Other, build, |_| {})
     }
 }

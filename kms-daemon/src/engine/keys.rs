@@ -2,7 +2,7 @@
 
 use super::call::{Call, KeyGuard, Trail};
 use super::{Effect, Engine, KeyEvent, KeyLock, fresh_uuid, internal};
-use crate::rows::{KeyRow, VersionRow};
+use crate::rows::{KeyRow, TIME_KEY, VersionRow};
 use crate::store::{Change, Table};
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
@@ -13,11 +13,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
+/// The origin of keys whose material is imported.
+pub(super) const EXTERNAL: &str = "EXTERNAL";
 /// Keys in one keystore, at most.
 const KEYS_MAX: usize = 10_000;
 /// Bytes of a description, at most.
 const DESCRIPTION_BYTES_MAX: usize = 8192;
-const DAY_MS: i64 = 24 * 60 * 60 * 1000;
+pub(super) const DAY_MS: i64 = 24 * 60 * 60 * 1000;
 /// Never less: the window is what a mistake can be seen in.
 const PENDING_WINDOW_DAYS: std::ops::RangeInclusive<u32> = 7..=30;
 
@@ -30,14 +32,14 @@ pub struct NewKey {
     pub key_spec: String,
     /// ENCRYPT/DECRYPT
     pub key_usage: String,
-    /// Aliyun_KMS
+    /// Aliyun_KMS or EXTERNAL
     pub origin: String,
     /// SOFTWARE
     pub protection_level: String,
 }
 
 impl Engine {
-    /// Makes a key with one version, Enabled.
+    /// Makes a key with one version: Enabled, or PendingImport if its origin is EXTERNAL.
     ///
     /// # Errors
     /// `InvalidParameter`, `Rejected.LimitExceeded`.
@@ -50,25 +52,34 @@ impl Engine {
             given if given == supported => Ok(supported.to_owned()),
             _ => Err(KmsError::invalid(parameter, &format!("must be {supported}"))),
         };
+        let is_external = new.origin == EXTERNAL;
         let (key_id, version_id) = (fresh_uuid()?, fresh_uuid()?);
         let now = self.clock.now_ms();
         let row = KeyRow {
             revision: 1,
             key_id: key_id.as_bytes().to_vec(),
-            state: KeyState::Enabled.into(),
+            state: if is_external {
+                KeyState::PendingImport.into()
+            } else {
+                KeyState::Enabled.into()
+            },
             key_spec: only("KeySpec", &new.key_spec, "Aliyun_AES_256")?,
             key_usage: only("KeyUsage", &new.key_usage, "ENCRYPT/DECRYPT")?,
-            origin: only("Origin", &new.origin, "Aliyun_KMS")?,
+            origin: match new.origin.as_str() {
+                "" | "Aliyun_KMS" => "Aliyun_KMS".to_owned(),
+                EXTERNAL => EXTERNAL.to_owned(),
+                _ => return Err(KmsError::invalid("Origin", "must be Aliyun_KMS or EXTERNAL")),
+            },
             protection_level: only("ProtectionLevel", &new.protection_level, "SOFTWARE")?,
             description: new.description.clone(),
             creator_uid: call.principal.uid,
             created_ms: now,
-            delete_ms: None,
             primary_version: version_id.as_bytes().to_vec(),
             versions: vec![VersionRow {
                 version_id: version_id.as_bytes().to_vec(),
                 created_ms: now,
             }],
+            ..KeyRow::default()
         };
         if self.keys.read().len() >= KEYS_MAX {
             let message = format!("this keystore holds {KEYS_MAX} keys, which is its limit");
@@ -77,6 +88,9 @@ impl Engine {
         let material = SecretKey::generate().map_err(|_| internal())?;
         let build = |change: &mut Change<'_>| {
             change.put(Table::Keys, key_id.as_bytes(), &row.encode_to_vec())?;
+            if is_external {
+                return Ok(());
+            }
             let name = material_key(key_id, version_id);
             change.put(Table::Material, &name, material.expose())
         };
@@ -117,6 +131,9 @@ impl Engine {
     pub fn enable_key(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
         self.restore(call, trail, key, |row| match row.state() {
             KeyState::Enabled => Ok(false),
+            KeyState::Disabled if self.is_expired(row) || row.destroying.is_some() => {
+                Err(refusal(KeyState::PendingImport))
+            }
             KeyState::Disabled => {
                 row.set_state(KeyState::Enabled);
                 Ok(true)
@@ -142,11 +159,12 @@ impl Engine {
         .map(drop)
     }
 
-    /// Any state but PendingDeletion -> PendingDeletion. Answers when deletion is due.
+    /// Any state but PendingDeletion and Destroyed -> PendingDeletion. Answers when deletion is due by the wall clock; as
+    /// much observed time must have passed, too.
     ///
     /// # Errors
     /// `InvalidParameter` for a window outside 7 to 30 days; `Rejected.PendingDeletion` if it is so already;
-    /// `RevocationIncomplete`, and the key is PendingDeletion all the same.
+    /// `Forbidden.KeyNotFound` if it is destroyed; `RevocationIncomplete`, and the key is PendingDeletion all the same.
     pub fn schedule_key_deletion(
         &self,
         call: &Call,
@@ -158,25 +176,34 @@ impl Engine {
             return Err(KmsError::invalid("PendingWindowInDays", "must be 7 to 30"));
         }
         let row = self.revoke(call, trail, key, |row| match row.state() {
-            KeyState::PendingDeletion => Err(refusal(KeyState::PendingDeletion)),
+            state @ (KeyState::PendingDeletion | KeyState::Destroyed) => Err(refusal(state)),
+            state if row.destroying.is_some() => Err(not_from(state)),
             _ => {
+                let window_ms = i64::from(window_days) * DAY_MS;
                 row.set_state(KeyState::PendingDeletion);
-                row.delete_ms = Some(self.clock.now_ms() + i64::from(window_days) * DAY_MS);
+                row.delete_ms = Some(self.clock.now_ms().saturating_add(window_ms));
+                row.delete_observed_ms = Some(self.observed_ms().saturating_add(window_ms.unsigned_abs()));
                 Ok(true)
             }
         })?;
         row.delete_ms.ok_or_else(internal)
     }
 
-    /// PendingDeletion -> Enabled, as the cloud API has it.
+    /// PendingDeletion -> Enabled, as the cloud API has it; -> PendingImport if it has no material.
     ///
     /// # Errors
-    /// `Rejected.StateModifiedFailed` in any other state.
+    /// `Rejected.StateModifiedFailed` in any other state, and once its material has been left behind.
     pub fn cancel_key_deletion(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
         self.restore(call, trail, key, |row| match row.state() {
-            KeyState::PendingDeletion => {
-                row.set_state(KeyState::Enabled);
+            KeyState::PendingDeletion if row.destroying.is_none() => {
+                let lacks_material = row.origin == EXTERNAL && !row.imported;
+                row.set_state(if lacks_material {
+                    KeyState::PendingImport
+                } else {
+                    KeyState::Enabled
+                });
                 row.delete_ms = None;
+                row.delete_observed_ms = None;
                 Ok(true)
             }
             state => Err(not_from(state)),
@@ -185,7 +212,7 @@ impl Engine {
 
     /// Holds the key's write lock over `step`, which says whether it changed the row, and over the commit. The row as it
     /// is then.
-    fn transition(
+    pub(super) fn transition(
         &self,
         call: &Call,
         trail: &mut Trail,
@@ -199,8 +226,15 @@ impl Engine {
         let mut row = lock.write();
         let mut next = row.clone();
         let put = |row: &KeyRow| {
+            // A window begins in time that is stored, or a crash would take back what had passed before it.
+            let time = row.delete_observed_ms.map(|_| self.time_row());
             let row = row.encode_to_vec();
-            move |change: &mut Change<'_>| change.put(Table::Keys, id.as_bytes(), &row)
+            move |change: &mut Change<'_>| {
+                if let Some(time) = &time {
+                    change.put(Table::Manifest, TIME_KEY, time)?;
+                }
+                change.put(Table::Keys, id.as_bytes(), &row)
+            }
         };
         let is_change = step(&mut next);
         // What was taken away before in memory alone is made to last before anybody is told that it is so already.
@@ -240,7 +274,7 @@ impl Engine {
 
     /// A transition that takes something away, and is over when nobody can show it any more. One that took nothing away,
     /// since that was done before, waits for the same. The row as it was stored.
-    fn revoke(
+    pub(super) fn revoke(
         &self,
         call: &Call,
         trail: &mut Trail,
@@ -308,6 +342,15 @@ impl Engine {
             .ok_or_else(|| not_found(key))
     }
 
+    /// # Errors
+    /// `Forbidden.KeyNotFound` if the key was destroyed.
+    pub(super) fn must_live(&self, id: Uuid) -> Result<(), KmsError> {
+        match self.lock_of(id)?.read().state() {
+            KeyState::Destroyed => Err(refusal(KeyState::Destroyed)),
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn lock_of(&self, id: Uuid) -> Result<KeyLock, KmsError> {
         let keys = self.keys.read();
         keys.get(&id).cloned().ok_or_else(|| not_found(&id.to_string()))
@@ -346,7 +389,7 @@ pub(super) fn not_found(key: &str) -> KmsError {
 }
 
 /// Why a key in `state` cannot be used.
-fn refusal(state: KeyState) -> KmsError {
+pub(super) fn refusal(state: KeyState) -> KmsError {
     let (code, message) = match state {
         KeyState::Disabled => (Code::Disabled, "the key is Disabled"),
         KeyState::PendingDeletion => (Code::PendingDeletion, "the key is PendingDeletion"),
@@ -358,13 +401,13 @@ fn refusal(state: KeyState) -> KmsError {
 }
 
 /// Why a key in `state` cannot go where it was told to.
-fn not_from(state: KeyState) -> KmsError {
+pub(super) fn not_from(state: KeyState) -> KmsError {
     let name = match state {
         KeyState::Enabled => "Enabled",
         KeyState::Disabled => "Disabled",
         KeyState::PendingDeletion => "PendingDeletion",
         KeyState::PendingImport => "PendingImport",
-        KeyState::Destroyed => "Destroyed",
+        KeyState::Destroyed => return refusal(state),
         KeyState::Unspecified => return internal(),
     };
     KmsError::new(Code::StateModifiedFailed, format!("the key is {name}"))

@@ -1,26 +1,37 @@
 //! The rules of the KMS. It knows neither gRPC nor sockets; adapters hand it a [`Call`] and get an answer.
 //!
 //! Every call goes through [`Engine::run`], which writes its audit record before the answer leaves. Locks are taken in
-//! this order: a key's turn (`holders`), aliases, one key's state (several: in the order of their ids), the manifest. A call that uses a key
-//! holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
+//! this order: a key's turn (`holders`), aliases, one key's state (several: in the order of their ids), the manifest, then
+//! leaves, of which none is held while another is taken: the observed time, the cached materials, the offers of import, the
+//! sessions, the store's own. A session's `clearing` is taken under a key's turn alone. Whoever writes a row of a key
+//! holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so every change waits for
+//! that; the keys that die are locked from before their intent is recorded until they are Destroyed. A call that uses a
+//! key holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
 //! begins after DisableKey has returned succeeds, and none that succeeded is still unrecorded.
 
 mod aliases;
 mod call;
 mod clearing;
 mod cryptography;
+mod destruction;
+#[cfg(test)]
+mod destruction_tests;
 mod filesystem;
 mod holders;
+mod import;
+#[cfg(test)]
+mod import_tests;
 mod keys;
 mod open;
 mod refusals;
 mod sessions;
 #[cfg(test)]
 mod tests;
+mod time;
 
 pub use call::{Call, Principal, Trail};
 pub use keys::NewKey;
-pub use open::{OpenError, Placement};
+pub use open::{NewKeystore, OpenError, Placement};
 
 pub(crate) use cryptography::{Action, Outcome, Release, Request};
 pub(crate) use filesystem::{Asked, Watched};
@@ -28,12 +39,15 @@ pub(crate) use refusals::OVERFLOW_UID;
 pub(crate) use sessions::{Exit, SessionId};
 
 use crate::audit::{Audit, AuditError, Record};
-use crate::clock::Clock;
+use crate::clock::{Clock, DrillClock};
 use crate::home::Home;
 use crate::metrics::{Calls, Metrics};
-use crate::rows::{AliasRow, CheckpointRow, KeyRow, ManifestRow};
+use crate::observed::Observed;
+use crate::rows::{AliasRow, CHECKPOINT_KEY, CheckpointRow, KeyRow, MANIFEST_KEY, ManifestRow};
+use crate::slot::{Keeper, SlotKind};
 use crate::store::{Change, RowSet, Store, StoreError, Table};
 use holders::Turns;
+use import::Imports;
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
 use kms_crypto::{NonceSource, SecretKey};
@@ -53,8 +67,6 @@ use uuid::Uuid;
 const CHECKPOINT_RECORDS: u64 = 1024;
 /// State changes that a slow watcher may lag behind, at most.
 const EVENT_BACKLOG: usize = 256;
-const MANIFEST_KEY: &[u8] = b"manifest";
-const CHECKPOINT_KEY: &[u8] = b"audit";
 
 type KeyLock = Arc<RwLock<KeyRow>>;
 
@@ -84,6 +96,8 @@ enum Effect {
 pub struct Engine {
     store: Store,
     audit: Audit,
+    /// Makes the slot of the next epoch.
+    keeper: Keeper,
     /// Where this keystore lies; never changes.
     node: Node,
     /// Whoever holds this may change the keystore.
@@ -96,8 +110,8 @@ pub struct Engine {
     aliases: RwLock<BTreeMap<String, AliasRow>>,
     /// By key and version; what is disabled is not in here.
     materials: Mutex<LruCache<(Uuid, Uuid), Arc<SecretKey>>>,
-    /// Whose data keys are where. Its locks are leaves, but for a session's `clearing`, under which anything but a key's lock
-    /// may be taken.
+    imports: Imports,
+    /// Whose data keys are where.
     sessions: Sessions,
     turns: Turns,
     boot_id: String,
@@ -106,6 +120,10 @@ pub struct Engine {
     events: broadcast::Sender<KeyEvent>,
     metrics: Metrics,
     clock: Arc<dyn Clock>,
+    /// The same clock, in a keystore for drills.
+    drill: Option<Arc<DrillClock>>,
+    /// What was seen of the clock.
+    time: Mutex<Observed>,
     started_boot_ms: u64,
     /// Keys whose state in memory takes more away than what is stored.
     unstored: Mutex<BTreeSet<Uuid>>,
@@ -138,6 +156,16 @@ pub(crate) struct Counters {
     pub(crate) sessions: usize,
     pub(crate) audit_records: u64,
     pub(crate) uptime_ms: u64,
+}
+
+/// What GetKeystoreInfo answers.
+pub(crate) struct Info {
+    pub(crate) keystore_id: Uuid,
+    pub(crate) manifest: ManifestRow,
+    pub(crate) kind: SlotKind,
+    pub(crate) is_suspended: bool,
+    pub(crate) observed_ms: u64,
+    pub(crate) now_ms: i64,
 }
 
 /// What a mount remembers, to refuse a kmsd that knows less.
@@ -410,6 +438,18 @@ impl Engine {
         }
     }
 
+    pub(crate) fn info(&self) -> Info {
+        let manifest = self.manifest.lock().clone();
+        Info {
+            keystore_id: self.store.keystore_id(),
+            manifest,
+            kind: self.keeper.kind(),
+            is_suspended: self.is_suspended(),
+            observed_ms: self.observed_ms(),
+            now_ms: self.clock.now_ms(),
+        }
+    }
+
     pub(crate) fn counters(&self) -> Counters {
         let (issued, opened) = self.metrics.data_keys();
         Counters {
@@ -431,6 +471,7 @@ impl Engine {
             }
         }
         let _manifest = self.manifest.lock();
+        self.store_time();
         if let Err(error) = self.write_checkpoint(&self.audit.durable(), true) {
             tracing::warn!(%error, "the audit checkpoint was not written");
         }

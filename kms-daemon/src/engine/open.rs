@@ -1,13 +1,18 @@
 //! How a keystore is made and opened.
 
-use super::{CHECKPOINT_KEY, EVENT_BACKLOG, Engine, MANIFEST_KEY, Node, SessionId, fresh_uuid, holders};
+use super::{EVENT_BACKLOG, Engine, Node, SessionId, fresh_uuid, holders};
 use crate::audit::{Audit, AuditError, Record, Tail};
-use crate::clock::Clock;
+use crate::clock::{Clock, DrillClock};
+use crate::epoch::EpochKeys;
 use crate::fence::Reach;
 use crate::home::{Home, HomeError};
 use crate::metrics::Metrics;
-use crate::rows::{AliasRow, CheckpointRow, KeyRow, ManifestRow};
-use crate::slot::{FileRootSlot, RootSlot, SlotError, open_root, seal_root};
+use crate::observed::{Observed, Reading};
+use crate::ratchet::Keystore;
+use crate::rows::{
+    AliasRow, CHECKPOINT_KEY, CheckpointRow, KeyRow, MANIFEST_KEY, ManifestRow, TIME_KEY, TimeRow,
+};
+use crate::slot::{Keeper, SlotError, SlotKind, open_root, seal_root};
 use crate::store::{RowSet, Store, StoreError, Table};
 use kms_api::KmsError;
 use kms_crypto::{CryptoError, NonceSource, SecretKey};
@@ -51,6 +56,22 @@ pub enum OpenError {
         /// How many writes of the manifest.
         missing: u64,
     },
+    /// The slot and the database are of different times.
+    #[error(
+        "the root slot is of epoch {slot}, and the key store of epoch {store}: {older} was put back as it once was. Put \
+         the true one back"
+    )]
+    OtherEpoch {
+        /// The slot's epoch.
+        slot: u64,
+        /// The latest epoch that the database knows.
+        store: u64,
+        /// Which of the two is behind.
+        older: &'static str,
+    },
+    /// The slot of an epoch that is over could not be destroyed.
+    #[error("the root slot of an epoch that is over cannot be destroyed: {0}")]
+    Unfinished(String),
     /// A primitive.
     #[error(transparent)]
     Crypto(#[from] CryptoError),
@@ -89,16 +110,42 @@ impl Placement {
     }
 }
 
+/// What a new keystore is to be.
+pub struct NewKeystore {
+    /// Where it says it lies.
+    pub placement: Placement,
+    /// What opens its root key.
+    pub keeper: Keeper,
+    /// It says for ever that its clock may be shifted, and lets it be shifted.
+    pub is_drill: bool,
+}
+
 impl Engine {
     /// Makes a keystore at `path`, with a file slot.
     ///
     /// # Errors
     /// [`OpenError`]; a home that is not empty is left as it was.
     pub fn init(path: &Path, placement: &Placement, clock: &dyn Clock) -> Result<(), OpenError> {
+        let new = NewKeystore {
+            placement: placement.clone(),
+            keeper: Keeper::File,
+            is_drill: false,
+        };
+        Self::init_with(path, &new, clock)
+    }
+
+    /// Makes a keystore at `path`.
+    ///
+    /// # Errors
+    /// [`OpenError`]; a home that is not empty is left as it was.
+    pub fn init_with(path: &Path, new: &NewKeystore, clock: &dyn Clock) -> Result<(), OpenError> {
+        let placement = &new.placement;
         placement.check()?;
         let home = Home::create(path)?;
         let (keystore_id, node_id) = (fresh_uuid()?, fresh_uuid()?);
-        let (kek, root) = (SecretKey::generate()?, SecretKey::generate()?);
+        let root = SecretKey::generate()?;
+        let staged = home.staged_slot(FIRST_EPOCH);
+        let kek = new.keeper.create(&staged, keystore_id, FIRST_EPOCH)?;
         seal_root(&home.root(FIRST_EPOCH), (keystore_id, FIRST_EPOCH), &kek, &root)?;
         let checkpoint = Audit::create(&home.audit_log(), keystore_id)?;
         let manifest = ManifestRow {
@@ -111,55 +158,71 @@ impl Engine {
             region: placement.region.clone(),
             account: placement.account.clone(),
             created_ms: clock.now_ms(),
-            test_clock: clock.is_test(),
+            test_clock: new.is_drill || clock.is_test(),
             row_set: RowSet::default().0.to_vec(),
         };
-        // The slot is written last, since it is what makes this a keystore: until then it exists in memory alone.
-        let slot = UnwrittenSlot(keystore_id);
-        let store = Store::open(&home.database(), &slot, &root, true)?;
+        let keys = EpochKeys::derive(&root, keystore_id, FIRST_EPOCH)?;
+        let store = Store::open(&home.database(), keys, true)?;
         let mut change = store.begin();
         change.put(Table::Manifest, MANIFEST_KEY, &manifest.encode_to_vec())?;
         change.put(Table::Manifest, CHECKPOINT_KEY, &checkpoint.encode_to_vec())?;
         change.commit(true)?;
         drop(store);
-        FileRootSlot::create(&home.slot(FIRST_EPOCH), keystore_id, FIRST_EPOCH, &kek)?;
-        Ok(())
+        // The slot has its name last, since that is what makes this a keystore.
+        home.select_slot(FIRST_EPOCH)?;
+        Ok(home.sync()?)
     }
 
-    /// Opens the keystore at `path`: checks that its rows are those of its manifest and that its audit log reaches as
-    /// far as it did, and logs the records of changes that a crash kept from the log.
+    /// What opens the root key of the keystore at `path`.
+    ///
+    /// # Errors
+    /// [`OpenError`] if it is no keystore.
+    pub fn slot_kind(path: &Path) -> Result<SlotKind, OpenError> {
+        Ok(SlotKind::of(&Home::present_slot(path)?)?)
+    }
+
+    /// Opens the keystore at `path`, whose slot is a file.
     ///
     /// # Errors
     /// [`OpenError`], in one line that says what to do where something can be done.
     pub fn open(path: &Path, clock: Arc<dyn Clock>) -> Result<Self, OpenError> {
-        Self::open_keeping(path, clock, BTreeMap::new())
+        Self::open_with(path, Keeper::File, clock, BTreeMap::new())
     }
 
-    /// The same, with what mounts handed to an earlier kmsd of this boot, by their sessions.
+    /// Opens the keystore at `path`: checks that its rows are those of its manifest and that its audit log reaches as
+    /// far as it did, logs the records of changes that a crash kept from the log, and finishes or discards what a crash
+    /// left of a ratchet. `kept` is what mounts handed to an earlier kmsd of this boot, by their sessions.
     ///
     /// # Errors
-    /// [`OpenError`]
-    pub(crate) fn open_keeping(
+    /// [`OpenError`], in one line that says what to do where something can be done.
+    pub(crate) fn open_with(
         path: &Path,
+        keeper: Keeper,
         clock: Arc<dyn Clock>,
         mut kept: BTreeMap<SessionId, Arc<dyn Reach>>,
     ) -> Result<Self, OpenError> {
         let home = Home::open(path)?;
+        // A name that is not durable selects nothing.
+        home.sync()?;
         let epoch = home.epoch()?;
-        let slot = FileRootSlot::open(&home.slot(epoch), epoch)?;
-        let root = open_root(&home.root(epoch), &slot)?;
-        tracing::info!(epoch, erasure = ?slot.erasure(), "root slot opened");
-        let open = || Store::open(&home.database(), &slot, &root, false);
+        let slot = keeper.open(&home.slot(epoch), epoch)?;
+        let root = open_root(&home.root(epoch), &*slot)?;
+        tracing::info!(epoch, slot = keeper.kind().name(), erasure = ?slot.erasure(), "root slot opened");
+        let open = || -> Result<Store, OpenError> {
+            let keys = EpochKeys::derive(&root, slot.keystore_id(), epoch)?;
+            Ok(Store::open(&home.database(), keys, false)?)
+        };
         let store = open().or_else(|error| {
             if home.has_room() {
-                return Err(OpenError::from(error));
+                return Err(error);
             }
             // What its log holds is written out now. A kmsd that does not start disables nothing.
             tracing::warn!(%error, "there is no room to open the key store; giving up the reserve");
             home.release_reserve()?;
-            Ok(open()?)
+            open()
         })?;
         drop(root);
+        check_epoch(&store)?;
 
         let mut manifest: ManifestRow = decode(&store, MANIFEST_KEY)?;
         if manifest.keystore_id != store.keystore_id().as_bytes() || manifest.epoch != epoch {
@@ -182,7 +245,33 @@ impl Engine {
                 missing: tail.revision - manifest.revision,
             });
         }
+        // Every row is known to be there under the present slot: what is left of other epochs goes.
+        let keystore = Keystore {
+            home: &home,
+            store: &store,
+            keeper: &keeper,
+        };
+        keystore
+            .close_past(&mut |_| Ok(()))
+            .map_err(|error| OpenError::Unfinished(error.to_string()))?;
+        if let Err(error) = keystore.discard() {
+            tracing::warn!(%error, "rows of another epoch stay until the next attempt");
+        }
         replay(&store, &audit, &tail)?;
+        let stored: Option<TimeRow> = find(&store, TIME_KEY)?;
+        let shift_ms = stored.as_ref().map_or(0, |row| row.shift_ms);
+        let drill = manifest
+            .test_clock
+            .then(|| Arc::new(DrillClock::new(Arc::clone(&clock), shift_ms)));
+        let clock: Arc<dyn Clock> = match &drill {
+            Some(drill) => Arc::clone(drill) as Arc<dyn Clock>,
+            None => clock,
+        };
+        let now = Reading {
+            wall_ms: clock.now_ms(),
+            boot_ms: clock.boot_ms(),
+        };
+        let time = Observed::resume(stored, &clock.boot_id(), now);
 
         let (keys, aliases) = (load_keys(&store)?, load_aliases(&store)?);
         let boot_id = holders::boot_id()?;
@@ -204,6 +293,7 @@ impl Engine {
             keys: RwLock::new(keys),
             aliases: RwLock::new(aliases),
             materials: Mutex::new(LruCache::new(MATERIALS_MAX)),
+            imports: super::Imports::default(),
             sessions,
             turns: super::Turns::default(),
             boot_id,
@@ -214,34 +304,33 @@ impl Engine {
             started_boot_ms: clock.boot_ms(),
             unstored: Mutex::default(),
             lacks_reserve: AtomicBool::new(false),
+            time: Mutex::new(time),
             clock,
+            drill,
+            keeper,
             store,
             audit,
             home,
         };
         engine.fill_reserve();
+        if let Err(error) = engine.settle(&mut |_| Ok(())) {
+            tracing::warn!(%error, "what was destroyed is not recorded as such yet");
+        }
         Ok(engine)
     }
 }
 
-/// Names the keystore for the store that `init` makes, before there is a slot file.
-struct UnwrittenSlot(Uuid);
-
-impl RootSlot for UnwrittenSlot {
-    fn erasure(&self) -> crate::slot::Erasure {
-        crate::slot::Erasure::None
-    }
-
-    fn keystore_id(&self) -> Uuid {
-        self.0
-    }
-
-    fn epoch(&self) -> u64 {
-        FIRST_EPOCH
-    }
-
-    fn kek(&self) -> Result<SecretKey, SlotError> {
-        Err(CryptoError::Authentication.into())
+/// The database must have a manifest of the slot's epoch. That of another epoch says which of the two is behind.
+fn check_epoch(store: &Store) -> Result<(), OpenError> {
+    let epochs = store.epochs_with(Table::Manifest, MANIFEST_KEY)?;
+    let slot = store.epoch();
+    match epochs.last() {
+        Some(&store) if !epochs.contains(&slot) => Err(OpenError::OtherEpoch {
+            slot,
+            store,
+            older: if store > slot { "the slot" } else { "db/" },
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -252,9 +341,14 @@ pub(super) fn row_set(manifest: &ManifestRow) -> RowSet {
 }
 
 pub(super) fn decode<M: Message + Default>(store: &Store, key: &[u8]) -> Result<M, StoreError> {
-    let damaged = || StoreError::Damaged("manifest");
-    let plain = store.get(Table::Manifest, key)?.ok_or_else(damaged)?;
-    M::decode(plain.as_slice()).map_err(|_| damaged())
+    find(store, key)?.ok_or(StoreError::Damaged("manifest"))
+}
+
+fn find<M: Message + Default>(store: &Store, key: &[u8]) -> Result<Option<M>, StoreError> {
+    let plain = store.get(Table::Manifest, key)?;
+    plain
+        .map(|plain| M::decode(plain.as_slice()).map_err(|_| StoreError::Damaged("manifest")))
+        .transpose()
 }
 
 /// Logs, in the order of their times, the pending records that the log lacks.

@@ -43,7 +43,7 @@ fn engine(home: &Path) -> Engine {
     Engine::open(home, clock()).unwrap()
 }
 
-fn call(operation: &'static str) -> Call {
+pub(super) fn call(operation: &'static str) -> Call {
     let principal = Principal {
         uid: 1,
         gid: 1,
@@ -54,7 +54,7 @@ fn call(operation: &'static str) -> Call {
 }
 
 /// One call, as an adapter makes it.
-fn run<T>(
+pub(super) fn run<T>(
     engine: &Engine,
     operation: &'static str,
     f: impl FnOnce(&Call, &mut Trail) -> Result<T, KmsError>,
@@ -63,14 +63,14 @@ fn run<T>(
     engine.run(&call, |trail| f(&call, trail))
 }
 
-fn create(engine: &Engine) -> Uuid {
+pub(super) fn create(engine: &Engine) -> Uuid {
     let row = run(engine, "CreateKey", |call, trail| {
         engine.create_key(call, trail, &NewKey::default())
     });
     Uuid::from_slice(&row.unwrap().key_id).unwrap()
 }
 
-fn row(engine: &Engine, id: Uuid) -> KeyRow {
+pub(super) fn row(engine: &Engine, id: Uuid) -> KeyRow {
     engine.lock_of(id).unwrap().read().clone()
 }
 

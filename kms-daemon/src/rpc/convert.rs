@@ -2,7 +2,7 @@
 
 use crate::engine::{Engine, Outcome};
 use crate::rows::KeyRow;
-use kms_api::proto;
+use kms_api::proto::{self, KeyState};
 use kms_api::{Code, KmsError};
 use uuid::Uuid;
 
@@ -12,6 +12,7 @@ const PAGE_SIZE_MAX: u32 = 100;
 pub(super) fn metadata(engine: &Engine, row: KeyRow) -> Result<proto::KeyMetadata, KmsError> {
     let id = Uuid::from_slice(&row.key_id).map_err(|_| damaged())?;
     let primary = Uuid::from_slice(&row.primary_version).map_err(|_| damaged())?;
+    let destroyed_ms = row.destroyed_ms.filter(|_| row.state() == KeyState::Destroyed);
     Ok(proto::KeyMetadata {
         key_id: id.to_string(),
         arn: engine.arn(id),
@@ -25,7 +26,29 @@ pub(super) fn metadata(engine: &Engine, row: KeyRow) -> Result<proto::KeyMetadat
         creation_date_ms: row.created_ms,
         delete_date_ms: row.delete_ms,
         primary_key_version: primary.to_string(),
+        destruction_date_ms: destroyed_ms,
+        material_expire_time_ms: row.material_expires_ms,
     })
+}
+
+pub(super) fn keystore(engine: &Engine, request_id: &str) -> proto::GetKeystoreInfoResponse {
+    let info = engine.info();
+    proto::GetKeystoreInfoResponse {
+        keystore_id: info.keystore_id.to_string(),
+        region: info.manifest.region,
+        account: info.manifest.account,
+        creation_date_ms: info.manifest.created_ms,
+        epoch: info.manifest.epoch,
+        state_seq: info.manifest.state_seq,
+        revocation_epoch: info.manifest.revocation_epoch,
+        root_slot: info.kind.name().to_owned(),
+        erasure: info.kind.erasure().name().to_owned(),
+        drill: info.manifest.test_clock,
+        destruction_suspended: info.is_suspended,
+        observed_ms: info.observed_ms,
+        now_ms: info.now_ms,
+        request_id: request_id.to_owned(),
+    }
 }
 
 pub(super) fn encrypted(outcome: Outcome, request_id: &str) -> proto::EncryptResponse {

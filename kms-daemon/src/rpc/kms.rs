@@ -1,7 +1,7 @@
 //! The `Kms` service.
 
 use super::Gate;
-use super::convert::{decrypted, encrypted, generated, metadata, page, wrapped};
+use super::convert::{decrypted, encrypted, generated, keystore, metadata, page, wrapped};
 use crate::engine::{Action, Call, Engine, NewKey, Outcome, Release, Request as Item, Trail};
 use kms_api::KmsError;
 use kms_api::proto::{self, kms_server::Kms};
@@ -169,6 +169,61 @@ impl Kms for KmsService {
                 })
             };
         self.0.serve_change("CancelKeyDeletion", request, handler).await
+    }
+
+    async fn get_parameters_for_import(
+        &self,
+        request: Request<proto::GetParametersForImportRequest>,
+    ) -> Answer<proto::GetParametersForImportResponse> {
+        let handler = |engine: &Engine,
+                       call: &Call,
+                       trail: &mut Trail,
+                       request: proto::GetParametersForImportRequest| {
+            let (algorithm, spec) = (&request.wrapping_algorithm, &request.wrapping_key_spec);
+            let offered = engine.get_parameters_for_import(trail, &request.key_id, algorithm, spec)?;
+            Ok(proto::GetParametersForImportResponse {
+                key_id: offered.key_id.to_string(),
+                public_key: offered.public_key,
+                import_token: offered.token,
+                token_expire_time_ms: offered.expires_ms,
+                request_id: call.request_id.to_string(),
+            })
+        };
+        self.0.serve("GetParametersForImport", request, handler).await
+    }
+
+    async fn import_key_material(
+        &self,
+        request: Request<proto::ImportKeyMaterialRequest>,
+    ) -> Answer<proto::ImportKeyMaterialResponse> {
+        let handler =
+            |engine: &Engine, call: &Call, trail: &mut Trail, request: proto::ImportKeyMaterialRequest| {
+                let sealed = (
+                    request.encrypted_key_material.as_slice(),
+                    request.import_token.as_slice(),
+                );
+                let expire_unix = request.key_material_expire_unix;
+                engine.import_key_material(call, trail, &request.key_id, sealed, expire_unix)?;
+                Ok(proto::ImportKeyMaterialResponse {
+                    request_id: call.request_id.to_string(),
+                })
+            };
+        self.0.serve("ImportKeyMaterial", request, handler).await
+    }
+
+    async fn delete_key_material(
+        &self,
+        request: Request<proto::DeleteKeyMaterialRequest>,
+    ) -> Answer<proto::DeleteKeyMaterialResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::DeleteKeyMaterialRequest| {
+            engine.delete_key_material(call, &request.key_id)?;
+            Ok(proto::DeleteKeyMaterialResponse {
+                request_id: call.request_id.to_string(),
+            })
+        };
+        // It is never closed.
+        let _turn = self.0.changes.acquire().await;
+        self.0.serve_with("DeleteKeyMaterial", request, handler).await
     }
 
     async fn create_alias(
@@ -402,6 +457,46 @@ impl Kms for KmsService {
             })
         };
         self.0.serve("GetMetrics", request, handler).await
+    }
+
+    async fn get_keystore_info(
+        &self,
+        request: Request<proto::GetKeystoreInfoRequest>,
+    ) -> Answer<proto::GetKeystoreInfoResponse> {
+        let handler = |engine: &Engine, call: &Call, _: &mut Trail, _: proto::GetKeystoreInfoRequest| {
+            Ok(keystore(engine, &call.request_id.to_string()))
+        };
+        self.0.serve("GetKeystoreInfo", request, handler).await
+    }
+
+    async fn confirm_clock(
+        &self,
+        request: Request<proto::ConfirmClockRequest>,
+    ) -> Answer<proto::ConfirmClockResponse> {
+        let handler = |engine: &Engine, call: &Call, trail: &mut Trail, _: proto::ConfirmClockRequest| {
+            engine.confirm_clock(call, trail)?;
+            Ok(proto::ConfirmClockResponse {
+                request_id: call.request_id.to_string(),
+            })
+        };
+        self.0.serve("ConfirmClock", request, handler).await
+    }
+
+    async fn advance_clock(
+        &self,
+        request: Request<proto::AdvanceClockRequest>,
+    ) -> Answer<proto::AdvanceClockResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::AdvanceClockRequest| {
+            let now_ms = engine.run(call, |trail| engine.advance_clock(call, trail, request.seconds))?;
+            // Not within the call: what is destroyed has records of its own.
+            let destroyed = engine.destroy_due()?;
+            Ok(proto::AdvanceClockResponse {
+                now_ms,
+                destroyed_key_ids: destroyed.iter().map(ToString::to_string).collect(),
+                request_id: call.request_id.to_string(),
+            })
+        };
+        self.0.serve_with("AdvanceClock", request, handler).await
     }
 }
 

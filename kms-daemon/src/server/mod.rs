@@ -7,11 +7,12 @@ mod side;
 use crate::clock::SystemClock;
 use crate::engine::{Engine, OpenError};
 use crate::rpc::{FilesystemService, Gate, KmsService, watch_exit};
+use crate::slot::Keeper;
 use kms_api::MESSAGE_BYTES_MAX;
 use kms_api::proto::filesystem_keys_server::FilesystemKeysServer;
 use kms_api::proto::kms_server::KmsServer;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,11 +30,15 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// How long a connection may take to answer a ping before it is given up.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 
+/// How often it looks for keys whose window has passed.
+const DESTRUCTION_INTERVAL: Duration = Duration::from_secs(60);
+
 /// What `kmsd serve` is told.
-#[derive(Debug, Clone)]
 pub struct ServeOptions {
     /// The keystore.
     pub home: PathBuf,
+    /// What opens its root slot.
+    pub keeper: Keeper,
     /// Where to listen.
     pub socket: PathBuf,
     /// The socket's permission bits.
@@ -68,24 +73,25 @@ pub enum ServeError {
 ///
 /// # Errors
 /// [`ServeError`]
-pub fn serve(options: &ServeOptions) -> Result<(), ServeError> {
+pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let kept = kept::taken_back();
     // The keystore's lock is taken first: it decides whether what lies at the socket's path may be replaced.
-    let engine = Engine::open_keeping(&options.home, Arc::new(SystemClock), kept)?;
+    let engine = Engine::open_with(&options.home, options.keeper, Arc::new(SystemClock), kept)?;
     let engine = Arc::new(engine);
+    let (socket, socket_mode) = (options.socket.as_path(), options.socket_mode);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(BLOCKING_THREADS_MAX)
         .enable_all()
         .build()?;
-    let outcome = runtime.block_on(run(options, &engine));
+    let outcome = runtime.block_on(run(socket, socket_mode, &engine));
     // What still runs after the drain has not answered, and will not.
     runtime.shutdown_timeout(Duration::from_secs(1));
     engine.close();
     outcome
 }
 
-async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeError> {
+async fn run(socket: &Path, socket_mode: u32, engine: &Arc<Engine>) -> Result<(), ServeError> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (stop, stopping) = watch::channel(false);
     let own_uid = rustix::process::geteuid().as_raw();
@@ -96,9 +102,9 @@ async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeEr
         changes: Semaphore::new(CHANGES_MAX),
         forget: kept::forget,
     });
-    let listener = listener::bind(&options.socket, options.socket_mode)?;
-    let side = kms_api::side::side_channel_path(&options.socket);
-    let side = side::start(&side, options.socket_mode, Arc::clone(engine), own_uid)?;
+    let listener = listener::bind(socket, socket_mode)?;
+    let side = kms_api::side::side_channel_path(socket);
+    let side = side::start(&side, socket_mode, Arc::clone(engine), own_uid)?;
     for exit in engine.left_behind() {
         tokio::spawn(watch_exit(Arc::clone(&gate), exit));
     }
@@ -116,7 +122,8 @@ async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeEr
         let _ = until.wait_for(|&stopping| stopping).await;
     });
     let mut serving = tokio::spawn(serving);
-    announce(options)?;
+    tokio::spawn(destroy_due(Arc::clone(engine), stopping));
+    announce(socket)?;
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -124,7 +131,7 @@ async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeEr
     }
     tracing::info!("stopping");
     // First the name goes, so that nobody connects to a daemon that will not answer.
-    let _ = std::fs::remove_file(&options.socket);
+    let _ = std::fs::remove_file(socket);
     drop(side);
     stop.send_replace(true);
     match tokio::time::timeout(DRAIN_MAX, serving).await {
@@ -136,9 +143,25 @@ async fn run(options: &ServeOptions, engine: &Arc<Engine>) -> Result<(), ServeEr
     }
 }
 
-fn announce(options: &ServeOptions) -> io::Result<()> {
+/// Destroys what is due, at once and every so often, until the daemon stops. A destruction that is under way then is
+/// finished, or by the next start.
+async fn destroy_due(engine: Arc<Engine>, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = tokio::time::interval(DESTRUCTION_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            _ = stopping.wait_for(|&stopping| stopping) => return,
+        }
+        let engine = Arc::clone(&engine);
+        // It logs what fails, and the next tick tries again.
+        let _ = tokio::task::spawn_blocking(move || engine.destroy_due()).await;
+    }
+}
+
+fn announce(socket: &Path) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "ready socket={}", options.socket.display())?;
+    writeln!(out, "ready socket={}", socket.display())?;
     out.flush()
 }
 

@@ -113,7 +113,11 @@ impl Kms {
 
     /// Serves the keystore, which must fail; gives what it said.
     pub fn serve_fails(&self) -> String {
-        let output = self.command(&[]).output().unwrap();
+        self.serve_fails_with(&[])
+    }
+
+    pub fn serve_fails_with(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().unwrap();
         assert!(!output.status.success());
         assert_eq!(output.stdout, b"");
         String::from_utf8(output.stderr).unwrap()

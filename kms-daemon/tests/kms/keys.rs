@@ -167,7 +167,7 @@ fn only_what_is_supported_can_be_asked_for() {
     for flags in [
         ["--key-spec", "RSA_2048"],
         ["--key-usage", "SIGN/VERIFY"],
-        ["--origin", "EXTERNAL"],
+        ["--origin", "AWS_CLOUDHSM"],
         ["--protection-level", "HSM"],
     ] {
         assert_eq!(

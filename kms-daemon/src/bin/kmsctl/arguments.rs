@@ -29,8 +29,8 @@ pub(crate) enum Operation {
     Cryptography(CryptographyOperation),
     #[command(flatten)]
     Batch(BatchOperation),
-    /// Counters since kmsd started
-    GetMetrics,
+    #[command(flatten)]
+    Keystore(KeystoreOperation),
     /// Work on the audit log, offline
     Audit {
         #[command(subcommand)]
@@ -51,7 +51,7 @@ pub(crate) enum KeyOperation {
         /// Only ENCRYPT/DECRYPT
         #[arg(long, default_value = "ENCRYPT/DECRYPT")]
         key_usage: String,
-        /// Only Aliyun_KMS
+        /// Aliyun_KMS, or EXTERNAL for a key whose material you import
         #[arg(long, default_value = "Aliyun_KMS")]
         origin: String,
         /// Only SOFTWARE
@@ -66,7 +66,7 @@ pub(crate) enum KeyOperation {
     EnableKey(Key),
     /// Disable a key; nothing can be encrypted or decrypted under it when this returns
     DisableKey(Key),
-    /// Let a key's material be destroyed when the window has passed
+    /// Let a key's material be destroyed when the window has passed, by the clock and in time that kmsd has observed
     ScheduleKeyDeletion {
         #[command(flatten)]
         key: Key,
@@ -74,8 +74,51 @@ pub(crate) enum KeyOperation {
         #[arg(long, value_name = "N")]
         pending_window_in_days: u32,
     },
+    /// Get a wrapping key for the material of a key whose origin is EXTERNAL; it opens once, within 24 hours
+    GetParametersForImport {
+        #[command(flatten)]
+        key: Key,
+        /// Only RSAES_OAEP_SHA_256
+        #[arg(long, default_value = "RSAES_OAEP_SHA_256")]
+        wrapping_algorithm: String,
+        /// Only RSA_2048
+        #[arg(long, default_value = "RSA_2048")]
+        wrapping_key_spec: String,
+    },
+    /// Import 32 bytes of material, wrapped; a key that had material takes only the same again
+    ImportKeyMaterial {
+        #[command(flatten)]
+        key: Key,
+        /// Base64, or fileb://PATH
+        #[arg(long, value_parser = bytes)]
+        encrypted_key_material: Bytes,
+        /// Base64, or fileb://PATH
+        #[arg(long, value_parser = bytes)]
+        import_token: Bytes,
+        /// When the material is to go away, in seconds since the Unix epoch; 0: never
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        key_material_expire_unix: u64,
+    },
+    /// Destroy imported material at once; our copy is removed, yours is not
+    DeleteKeyMaterial(Key),
     /// Keep a key that was scheduled for deletion; it is enabled then
     CancelKeyDeletion(Key),
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KeystoreOperation {
+    /// Counters since kmsd started
+    GetMetrics,
+    /// Tell what the keystore is: its epoch, its root slot and what destroying it is worth, whether it is for drills
+    GetKeystoreInfo,
+    /// Take the host's clock for right after it was set by more than an hour, which suspends the destruction of keys
+    ConfirmClock,
+    /// Shift the clocks of a keystore made with 'kmsd init --drill', then destroy what is due
+    AdvanceClock {
+        /// 1 to 316224000
+        #[arg(long, value_name = "N")]
+        seconds: u64,
+    },
 }
 
 #[derive(Subcommand)]

@@ -31,7 +31,7 @@ pub(crate) fn key_metadata(key: &proto::KeyMetadata) -> Value {
         proto::KeyState::Destroyed => "Destroyed",
         proto::KeyState::Unspecified => "Unknown",
     };
-    json!({
+    let mut metadata = json!({
         "KeyId": key.key_id,
         "Arn": key.arn,
         "KeyState": state,
@@ -44,6 +44,42 @@ pub(crate) fn key_metadata(key: &proto::KeyMetadata) -> Value {
         "CreationDate": time(key.creation_date_ms),
         "DeleteDate": key.delete_date_ms.map_or_else(|| json!(""), time),
         "PrimaryKeyVersion": key.primary_key_version,
+    });
+    if let (Some(ms), Some(fields)) = (key.destruction_date_ms, metadata.as_object_mut()) {
+        fields.insert("DestructionDate".to_owned(), time(ms));
+    }
+    if let (Some(ms), Some(fields)) = (key.material_expire_time_ms, metadata.as_object_mut()) {
+        fields.insert("MaterialExpireTime".to_owned(), time(ms));
+    }
+    metadata
+}
+
+pub(crate) fn import(answer: &proto::GetParametersForImportResponse) -> Value {
+    json!({
+        "KeyId": answer.key_id,
+        "PublicKey": base64(&answer.public_key),
+        "ImportToken": base64(&answer.import_token),
+        "TokenExpireTime": time(answer.token_expire_time_ms),
+        "RequestId": answer.request_id,
+    })
+}
+
+pub(crate) fn keystore(answer: &proto::GetKeystoreInfoResponse) -> Value {
+    json!({
+        "KeystoreId": answer.keystore_id,
+        "Region": answer.region,
+        "Account": answer.account,
+        "CreationDate": time(answer.creation_date_ms),
+        "Epoch": answer.epoch,
+        "StateSeq": answer.state_seq,
+        "RevocationEpoch": answer.revocation_epoch,
+        "RootSlot": answer.root_slot,
+        "Erasure": answer.erasure,
+        "Drill": answer.drill,
+        "DestructionSuspended": answer.destruction_suspended,
+        "ObservedMs": answer.observed_ms,
+        "Now": time(answer.now_ms),
+        "RequestId": answer.request_id,
     })
 }
 

@@ -38,7 +38,7 @@ fn run(arguments: Arguments) -> Result<serde_json::Value, String> {
         Operation::Alias(operation) => operations::alias(&connect()?, operation),
         Operation::Cryptography(operation) => operations::cryptography(&connect()?, operation),
         Operation::Batch(operation) => operations::batch(&connect()?, &operation),
-        Operation::GetMetrics => operations::metrics(&connect()?),
+        Operation::Keystore(operation) => operations::keystore(&connect()?, operation),
         Operation::Audit {
             command: AuditCommand::Verify { home, file, head },
         } => audit::verify(home.as_deref(), file.as_deref(), head.as_deref()),

@@ -1,6 +1,8 @@
 //! From the command line to the API and back.
 
-use crate::arguments::{AliasOperation, BatchOperation, CryptographyOperation, DataKey, KeyOperation};
+use crate::arguments::{
+    AliasOperation, BatchOperation, CryptographyOperation, DataKey, KeyOperation, KeystoreOperation,
+};
 use crate::json::{self, Item};
 use kms_api::proto::{self, kms_client::KmsClient};
 use kms_client::{Client, ClientError};
@@ -81,6 +83,36 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
             let answer = call!(client, schedule_key_deletion, request)?;
             Ok(json!({ "DeleteDate": json::time(answer.delete_date_ms), "RequestId": answer.request_id }))
         }
+        KeyOperation::GetParametersForImport {
+            key,
+            wrapping_algorithm,
+            wrapping_key_spec,
+        } => {
+            let request = proto::GetParametersForImportRequest {
+                key_id: key.key_id,
+                wrapping_algorithm,
+                wrapping_key_spec,
+            };
+            Ok(json::import(&call!(client, get_parameters_for_import, request)?))
+        }
+        KeyOperation::ImportKeyMaterial {
+            key,
+            encrypted_key_material,
+            import_token,
+            key_material_expire_unix,
+        } => {
+            let request = proto::ImportKeyMaterialRequest {
+                key_id: key.key_id,
+                encrypted_key_material: encrypted_key_material.0,
+                import_token: import_token.0,
+                key_material_expire_unix,
+            };
+            Ok(done(&call!(client, import_key_material, request)?.request_id))
+        }
+        KeyOperation::DeleteKeyMaterial(named) => {
+            let request = proto::DeleteKeyMaterialRequest { key_id: named.key_id };
+            Ok(done(&call!(client, delete_key_material, request)?.request_id))
+        }
         KeyOperation::CancelKeyDeletion(named) => {
             let request = proto::CancelKeyDeletionRequest { key_id: named.key_id };
             Ok(done(&call!(client, cancel_key_deletion, request)?.request_id))
@@ -88,9 +120,29 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
     }
 }
 
-pub(crate) fn metrics(client: &Client) -> Result<Value, String> {
-    let answer = call!(client, get_metrics, proto::GetMetricsRequest {})?;
-    Ok(json::metrics(&answer))
+pub(crate) fn keystore(client: &Client, operation: KeystoreOperation) -> Result<Value, String> {
+    match operation {
+        KeystoreOperation::GetMetrics => {
+            let answer = call!(client, get_metrics, proto::GetMetricsRequest {})?;
+            Ok(json::metrics(&answer))
+        }
+        KeystoreOperation::GetKeystoreInfo => {
+            let answer = call!(client, get_keystore_info, proto::GetKeystoreInfoRequest {})?;
+            Ok(json::keystore(&answer))
+        }
+        KeystoreOperation::ConfirmClock => {
+            let answer = call!(client, confirm_clock, proto::ConfirmClockRequest {})?;
+            Ok(done(&answer.request_id))
+        }
+        KeystoreOperation::AdvanceClock { seconds } => {
+            let answer = call!(client, advance_clock, proto::AdvanceClockRequest { seconds })?;
+            Ok(json!({
+                "Now": json::time(answer.now_ms),
+                "DestroyedKeyIds": answer.destroyed_key_ids,
+                "RequestId": answer.request_id,
+            }))
+        }
+    }
 }
 
 pub(crate) fn alias(client: &Client, operation: AliasOperation) -> Result<Value, String> {

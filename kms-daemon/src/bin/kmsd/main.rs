@@ -1,7 +1,11 @@
 //! `kmsd`: the key management service.
 
-use clap::{Parser, Subcommand};
-use kms_daemon::{Engine, Placement, ServeOptions, SystemClock, harden, serve};
+mod passphrase;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use kms_daemon::{
+    Engine, Keeper, NewKeystore, Placement, ServeOptions, SlotKind, SystemClock, harden, serve,
+};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,6 +36,15 @@ enum Command {
         /// The account in every key's ARN
         #[arg(long, default_value = "0")]
         account: String,
+        /// What opens the root key. Destroying either is worth nothing as an erasure of media
+        #[arg(long, value_enum, default_value_t = Slot::File)]
+        slot: Slot,
+        /// Where the passphrase of --slot passphrase is read: a file, or /dev/fd/N [default: the terminal]
+        #[arg(long, value_name = "PATH")]
+        passphrase_file: Option<PathBuf>,
+        /// For drills: let 'kmsctl advance-clock' shift the clock. The keystore says so for ever
+        #[arg(long)]
+        drill: bool,
     },
     /// Serve a keystore until SIGTERM or SIGINT; prints 'ready socket=PATH' when the socket accepts
     Serve {
@@ -44,7 +57,18 @@ enum Command {
         /// The socket's permission bits, in octal
         #[arg(long, value_name = "MODE", default_value = "0600", value_parser = octal_mode)]
         socket_mode: u32,
+        /// Where the passphrase of a passphrase slot is read: a file, or /dev/fd/N [default: the terminal]
+        #[arg(long, value_name = "PATH")]
+        passphrase_file: Option<PathBuf>,
     },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Slot {
+    /// A file beside the database
+    File,
+    /// A file and a passphrase, through Argon2id
+    Passphrase,
 }
 
 fn octal_mode(text: &str) -> Result<u32, String> {
@@ -70,31 +94,56 @@ fn main() -> ExitCode {
         complain(&format!("the process cannot be protected: {error}"));
         return ExitCode::FAILURE;
     }
-    let outcome: Result<(), Box<dyn std::error::Error>> = match arguments.command {
-        Command::Init {
-            home,
-            region,
-            account,
-        } => Engine::init(&home, &Placement { region, account }, &SystemClock).map_err(Into::into),
-        Command::Serve {
-            home,
-            socket,
-            socket_mode,
-        } => {
-            let socket = kms_api::socket_path(socket.as_deref());
-            serve(&ServeOptions {
-                home,
-                socket,
-                socket_mode,
-            })
-            .map_err(Into::into)
-        }
-    };
-    match outcome {
+    match run(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error.to_string());
             ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Box<dyn std::error::Error>> {
+    match command {
+        Command::Init {
+            home,
+            region,
+            account,
+            slot,
+            passphrase_file,
+            drill,
+        } => {
+            let keeper = match (slot, passphrase_file) {
+                (Slot::File, None) => Keeper::File,
+                (Slot::File, Some(_)) => return Err("--passphrase-file goes with --slot passphrase".into()),
+                (Slot::Passphrase, file) => Keeper::Passphrase(passphrase::new(file.as_deref())?),
+            };
+            let new = NewKeystore {
+                placement: Placement { region, account },
+                keeper,
+                is_drill: drill,
+            };
+            Ok(Engine::init_with(&home, &new, &SystemClock)?)
+        }
+        Command::Serve {
+            home,
+            socket,
+            socket_mode,
+            passphrase_file,
+        } => {
+            let kind = Engine::slot_kind(&home)?;
+            let keeper = match (kind, passphrase_file) {
+                (SlotKind::Passphrase, file) => Keeper::Passphrase(passphrase::known(file.as_deref())?),
+                (_, Some(_)) => return Err("this keystore's root slot takes no passphrase".into()),
+                (_, None) => Keeper::File,
+            };
+            let socket = kms_api::socket_path(socket.as_deref());
+            Ok(serve(ServeOptions {
+                home,
+                keeper,
+                socket,
+                socket_mode,
+            })?)
         }
     }
 }

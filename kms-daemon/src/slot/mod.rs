@@ -1,5 +1,11 @@
 //! Root slots: what opens the root key, and what destroying it is worth.
 
+mod file;
+mod passphrase;
+
+pub use file::FileRootSlot;
+pub use passphrase::{Passphrase, PassphraseRootSlot};
+
 use crate::home::{HomeError, write_new};
 use kms_crypto::{
     CryptoError, KEY_LEN, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, Secret, SecretKey, TAG_LEN,
@@ -14,7 +20,6 @@ use zeroize::Zeroizing;
 const SLOT_MAGIC: &[u8; 8] = b"kmsdslot";
 const ROOT_MAGIC: &[u8; 8] = b"kmsdroot";
 const FORMAT: u8 = 1;
-const KIND_FILE: u8 = 1;
 const SLOT_HEADER_LEN: usize = 8 + 1 + 1 + 16 + 8;
 const ROOT_HEADER_LEN: usize = 8 + 1 + 16 + 8;
 
@@ -31,6 +36,29 @@ pub enum SlotError {
     /// The slot's key does not open the root: one of the two is of another keystore, or was changed.
     #[error("the slot does not open {0}: they do not belong together")]
     Mismatch(PathBuf),
+    /// The root key of the slot's epoch is gone.
+    #[error(
+        "the root slot is of epoch {epoch}, and {path} is not there: the slot was put back as it once was, or the \
+         root was taken away. Put the true one back"
+    )]
+    NoRoot {
+        /// The slot's.
+        epoch: u64,
+        /// Where the sealed root key was looked for.
+        path: PathBuf,
+    },
+    /// A passphrase slot, and no passphrase.
+    #[error("the root slot {0} needs its passphrase: name a file that holds it with --passphrase-file")]
+    NeedsPassphrase(PathBuf),
+    /// A passphrase, and a slot that takes none.
+    #[error("the root slot {0} takes no passphrase")]
+    TakesNoPassphrase(PathBuf),
+    /// The tag of a passphrase slot fails.
+    #[error("the passphrase is not that of {0}, or the file was changed")]
+    WrongPassphrase(PathBuf),
+    /// A passphrase that cannot be used.
+    #[error("{0}")]
+    Passphrase(String),
     /// A primitive failed.
     #[error(transparent)]
     Crypto(#[from] CryptoError),
@@ -43,6 +71,108 @@ pub enum Erasure {
     None,
     /// A device guarantees that the old content cannot be had again.
     Device,
+}
+
+/// What opens the root key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SlotKind {
+    /// Whoever has a file.
+    File = 1,
+    /// Whoever has a file and knows a passphrase.
+    Passphrase = 2,
+}
+
+impl SlotKind {
+    /// The kind's name, for people and programs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Passphrase => "passphrase",
+        }
+    }
+
+    /// What destroying one is worth.
+    #[must_use]
+    pub const fn erasure(self) -> Erasure {
+        match self {
+            Self::File | Self::Passphrase => Erasure::None,
+        }
+    }
+
+    /// What the slot at `path` says that it is.
+    ///
+    /// # Errors
+    /// [`SlotError::Format`] if it is none.
+    pub fn of(path: &Path) -> Result<Self, SlotError> {
+        let bytes = read_small(path)?;
+        match bytes.split_first_chunk::<10>() {
+            Some(([magic @ .., FORMAT, 1], _)) if magic == SLOT_MAGIC => Ok(Self::File),
+            Some(([magic @ .., FORMAT, 2], _)) if magic == SLOT_MAGIC => Ok(Self::Passphrase),
+            _ => Err(SlotError::Format(path.to_owned())),
+        }
+    }
+}
+
+/// Makes and opens the slots of a keystore, which are all of one kind.
+pub enum Keeper {
+    /// Files.
+    File,
+    /// Files under this passphrase.
+    Passphrase(Passphrase),
+}
+
+impl Keeper {
+    /// The kind of its slots.
+    #[must_use]
+    pub const fn kind(&self) -> SlotKind {
+        match self {
+            Self::File => SlotKind::File,
+            Self::Passphrase(_) => SlotKind::Passphrase,
+        }
+    }
+
+    /// Writes a slot with a fresh KEK, durable when this returns, and gives the KEK.
+    ///
+    /// # Errors
+    /// [`SlotError`]
+    pub fn create(&self, path: &Path, keystore_id: Uuid, epoch: u64) -> Result<SecretKey, SlotError> {
+        let kek = SecretKey::generate()?;
+        match self {
+            Self::File => drop(FileRootSlot::create(path, keystore_id, epoch, &kek)?),
+            Self::Passphrase(passphrase) => {
+                PassphraseRootSlot::create(path, keystore_id, epoch, &kek, passphrase)?;
+            }
+        }
+        Ok(kek)
+    }
+
+    /// Finds a slot.
+    ///
+    /// # Errors
+    /// [`SlotError::Format`] if it is not the slot of `epoch`; [`SlotError::WrongPassphrase`] and its kin.
+    pub fn open(&self, path: &Path, epoch: u64) -> Result<Box<dyn RootSlot>, SlotError> {
+        match (self, SlotKind::of(path)?) {
+            (Self::File, SlotKind::File) => Ok(Box::new(FileRootSlot::open(path, epoch)?)),
+            (Self::Passphrase(passphrase), SlotKind::Passphrase) => {
+                Ok(Box::new(PassphraseRootSlot::open(path, epoch, passphrase)?))
+            }
+            (Self::File, SlotKind::Passphrase) => Err(SlotError::NeedsPassphrase(path.to_owned())),
+            (Self::Passphrase(_), SlotKind::File) => Err(SlotError::TakesNoPassphrase(path.to_owned())),
+        }
+    }
+}
+
+impl Erasure {
+    /// The name, for people and programs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Device => "device",
+        }
+    }
 }
 
 /// Opens the root key of one epoch.
@@ -61,78 +191,6 @@ pub trait RootSlot: Send + Sync {
     /// # Errors
     /// [`SlotError`] if the slot cannot give it.
     fn kek(&self) -> Result<SecretKey, SlotError>;
-}
-
-/// A slot that is a file beside the database: convenient, and worth nothing as an erasure.
-pub struct FileRootSlot {
-    path: PathBuf,
-    keystore_id: Uuid,
-    epoch: u64,
-}
-
-impl FileRootSlot {
-    /// Writes a slot with a fresh KEK, durable when this returns.
-    ///
-    /// # Errors
-    /// [`SlotError`]
-    pub fn create(path: &Path, keystore_id: Uuid, epoch: u64, kek: &SecretKey) -> Result<Self, SlotError> {
-        let mut bytes = Zeroizing::new(Vec::with_capacity(SLOT_HEADER_LEN + KEY_LEN));
-        bytes.extend_from_slice(&slot_header(keystore_id, epoch));
-        bytes.extend_from_slice(kek.expose());
-        write_new(path, &bytes)?;
-        Ok(Self {
-            path: path.to_owned(),
-            keystore_id,
-            epoch,
-        })
-    }
-
-    /// Finds a slot; its KEK is read by [`RootSlot::kek`] alone.
-    ///
-    /// # Errors
-    /// [`SlotError::Format`] if it is not the slot of `epoch`.
-    pub fn open(path: &Path, epoch: u64) -> Result<Self, SlotError> {
-        let bytes = read_small(path)?;
-        let format = || SlotError::Format(path.to_owned());
-        let (header, kek) = bytes.split_first_chunk::<SLOT_HEADER_LEN>().ok_or_else(format)?;
-        let id = header.get(10..26).ok_or_else(format)?;
-        let keystore_id = Uuid::from_slice(id).map_err(|_| format())?;
-        if *header != slot_header(keystore_id, epoch) || kek.len() != KEY_LEN {
-            return Err(format());
-        }
-        Ok(Self {
-            path: path.to_owned(),
-            keystore_id,
-            epoch,
-        })
-    }
-}
-
-impl RootSlot for FileRootSlot {
-    fn erasure(&self) -> Erasure {
-        Erasure::None
-    }
-
-    fn keystore_id(&self) -> Uuid {
-        self.keystore_id
-    }
-
-    fn epoch(&self) -> u64 {
-        self.epoch
-    }
-
-    fn kek(&self) -> Result<SecretKey, SlotError> {
-        let bytes = read_small(&self.path)?;
-        let format = || SlotError::Format(self.path.clone());
-        let kek = bytes.get(SLOT_HEADER_LEN..).ok_or_else(format)?;
-        SecretKey::fill_with(|out| {
-            if kek.len() != out.len() {
-                return Err(format());
-            }
-            out.copy_from_slice(kek);
-            Ok(())
-        })
-    }
 }
 
 /// Writes the file that holds `root`, sealed under the slot's KEK; durable when this returns.
@@ -156,7 +214,15 @@ pub(crate) fn seal_root(
 
 /// The root key that the file at `path` holds.
 pub(crate) fn open_root(path: &Path, slot: &dyn RootSlot) -> Result<SecretKey, SlotError> {
-    let bytes = read_small(path)?;
+    let bytes = read_small(path).map_err(|error| match error {
+        SlotError::Home(HomeError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            SlotError::NoRoot {
+                epoch: slot.epoch(),
+                path: path.to_owned(),
+            }
+        }
+        error => error,
+    })?;
     let format = || SlotError::Format(path.to_owned());
     let (header, rest) = bytes.split_first_chunk::<ROOT_HEADER_LEN>().ok_or_else(format)?;
     let (nonce, rest) = rest.split_first_chunk::<NONCE_LEN>().ok_or_else(format)?;
@@ -177,16 +243,22 @@ fn root_sealer(kek: &SecretKey, keystore_id: Uuid) -> Sealer {
     Sealer::new(derive(kek, KeySalt(keystore_id.as_bytes()), Label::KeystoreRoot))
 }
 
-fn slot_header(keystore_id: Uuid, epoch: u64) -> [u8; SLOT_HEADER_LEN] {
+fn slot_header(kind: SlotKind, keystore_id: Uuid, epoch: u64) -> [u8; SLOT_HEADER_LEN] {
     let mut header = [0; SLOT_HEADER_LEN];
     let fields = [
         SLOT_MAGIC.as_slice(),
-        &[FORMAT, KIND_FILE],
+        &[FORMAT, kind as u8],
         keystore_id.as_bytes(),
         &epoch.to_be_bytes(),
     ];
     fill(&mut header, &fields);
     header
+}
+
+/// The keystore of a slot whose header is that of `kind` and `epoch`.
+fn keystore_of(header: &[u8; SLOT_HEADER_LEN], kind: SlotKind, epoch: u64) -> Option<Uuid> {
+    let keystore_id = Uuid::from_slice(header.get(10..26)?).ok()?;
+    (*header == slot_header(kind, keystore_id, epoch)).then_some(keystore_id)
 }
 
 fn root_header(keystore_id: Uuid, epoch: u64) -> [u8; ROOT_HEADER_LEN] {
