@@ -12,6 +12,7 @@ use rocksdb::{
 use std::ffi::CStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const META: &str = "meta";
 const CONTENT: &str = "content";
@@ -30,6 +31,13 @@ const GARBAGE_BYTES_MIN: u64 = 1 << 20;
 const GARBAGE_AGE_CUTOFF: f64 = 0.25;
 /// How RocksDB calls a sync that it did not try because a write to the file had failed.
 const PREVIOUS_ERROR: &str = "previous error";
+/// How it calls syncs that failed (env/io_posix.cc).
+const FAILED_SYNCS: [&str; 4] = [
+    "While fdatasync",
+    "While fsync",
+    "While msync",
+    "While sync_file_range",
+];
 
 /// A table file with this many deletions among so many neighbouring rows is compacted.
 const DELETIONS_MIN: usize = 2048;
@@ -80,6 +88,9 @@ pub(crate) struct Store {
     sizes: Sizes,
     /// Held for reading within each call alone; `None` if it could not be opened again.
     open: RwLock<Option<Open>, rank::Store>,
+    /// Whether a sync of the log has failed, which no later one makes good. Set with `open` held, so that nobody comes
+    /// between.
+    has_lost: AtomicBool,
 }
 
 impl Store {
@@ -117,6 +128,7 @@ impl Store {
             dir: dir.to_path_buf(),
             sizes,
             open: RwLock::new(Some(open)),
+            has_lost: AtomicBool::new(false),
         }
     }
 
@@ -129,7 +141,12 @@ impl Store {
         let mut place = self.open.write();
         // RocksDB's threads end with it.
         *place = None;
-        let synced = sync_logs(&self.dir);
+        let synced = match self.has_lost.load(Ordering::Acquire) {
+            // The kernel told of that once, and may call what it could not write clean: another sync of it means nothing.
+            true => Err(Error::Poisoned),
+            false => sync_logs(&self.dir),
+        };
+        self.has_lost.store(synced.is_err(), Ordering::Release);
         let opened = open_with_room(&self.dir, self.sizes, mode)?;
         tracing::info!(mode = ?opened.mode, "opened the database again");
         *place = Some(opened);
@@ -216,17 +233,26 @@ impl Store {
                 }
             }
             db.write_opt(batch, &WriteOptions::default())
-                .map_err(|error| failed("log append", &error))
+                .map_err(|error| log_failed("log append", &error))
         })
     }
 
     /// Makes every batch written before the call durable.
     pub(crate) fn sync_log(&self) -> std::result::Result<(), SyncError> {
-        let synced = self.with_db(|db| Ok(db.flush_wal(true)));
-        match synced.map_err(SyncError::Failed)? {
-            Err(error) if error.as_ref().contains(PREVIOUS_ERROR) => Err(SyncError::AppendFailed),
-            outcome => outcome.map_err(|error| SyncError::Failed(failed("log sync", &error))),
-        }
+        let synced = self.with_db(|db| {
+            if self.has_lost.load(Ordering::Acquire) {
+                return Ok(Err(SyncError::Failed(Error::Poisoned)));
+            }
+            Ok(match db.flush_wal(true) {
+                Err(error) if error.as_ref().contains(PREVIOUS_ERROR) => Err(SyncError::AppendFailed),
+                Err(error) => {
+                    self.has_lost.store(true, Ordering::Release);
+                    Err(SyncError::Failed(log_failed("log sync", &error)))
+                }
+                Ok(()) => Ok(()),
+            })
+        });
+        synced.map_err(SyncError::Failed)?
     }
 
     /// Moves everything from the log into table files, durably: an orderly stop leaves no log to lose. On a full host the log
@@ -238,7 +264,7 @@ impl Store {
         self.with_db(|db| {
             for family in [Family::Meta, Family::Content] {
                 db.flush_cf(column(db, family)?)
-                    .map_err(|error| failed("flush", &error))?;
+                    .map_err(|error| log_failed("flush", &error))?;
             }
             Ok(())
         })
@@ -507,15 +533,76 @@ fn family_options(cache: &Cache, sizes: Sizes, mode: Mode, blob_bytes_min: Optio
 }
 
 fn failed(what: &str, error: &rocksdb::Error) -> Error {
+    failed_with(what, error, errno_of)
+}
+
+/// What failed while the log was written or synced, here or by one of RocksDB's threads before: that latches the error, and
+/// answers the next append with it.
+fn log_failed(what: &str, error: &rocksdb::Error) -> Error {
+    failed_with(what, error, log_errno_of)
+}
+
+fn failed_with(what: &str, error: &rocksdb::Error, errno_of: impl Fn(&str) -> i32) -> Error {
     let message = format!("{what}: {error}");
     if error.kind() == rocksdb::ErrorKind::Corruption {
         return Error::Corrupt { what: message };
     }
-    // RocksDB reports a full disk as an I/O error whose text carries strerror(3)'s words.
-    let errno = match &message {
+    let errno = errno_of(error.as_ref());
+    Error::Storage { errno, message }
+}
+
+/// RocksDB reports a full disk as an I/O error whose text carries strerror(3)'s words.
+fn errno_of(text: &str) -> i32 {
+    match text {
         full if full.contains("No space left") => libc::ENOSPC,
         full if full.contains("Disk quota exceeded") => libc::EDQUOT,
         _ => libc::EIO,
-    };
-    Error::Storage { errno, message }
+    }
+}
+
+/// The same for the log. Whatever kept a sync from storing pages, they may be gone: there is no trying again (rule R6).
+fn log_errno_of(text: &str) -> i32 {
+    match FAILED_SYNCS.iter().any(|sync| text.contains(sync)) {
+        true => libc::EIO,
+        false => errno_of(text),
+    }
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+
+    fn sizes() -> Sizes {
+        Sizes {
+            cache_bytes: 8 << 20,
+            write_buffer_bytes: 1 << 20,
+            log_bytes_max: 64 << 20,
+        }
+    }
+
+    #[test]
+    fn a_sync_that_found_no_room_is_no_append_without_room() {
+        for (why, errno) in [
+            ("No space left on device", libc::ENOSPC),
+            ("Disk quota exceeded", libc::EDQUOT),
+        ] {
+            let error = |what: &str| format!("IO error: {why}: While {what}: /v/meta/000012.log: {why}");
+            for sync in ["fdatasync", "fsync", "sync_file_range returned -1"] {
+                assert_eq!(log_errno_of(&error(sync)), libc::EIO);
+            }
+            assert_eq!(log_errno_of(&error("appending to file")), errno);
+        }
+    }
+
+    #[test]
+    fn a_log_that_a_sync_failed_for_is_not_durable_for_being_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(&dir.path().join("meta"), sizes()).unwrap();
+        store.reopen(Mode::Tight).unwrap();
+        store.has_lost.store(true, Ordering::Release);
+        assert_eq!(store.reopen(Mode::Tight), Err(Error::Poisoned));
+        assert!(matches!(store.sync_log(), Err(SyncError::Failed(_))));
+        // What is there can be read.
+        assert_eq!(store.get(Family::Meta, b"key"), Ok(None));
+    }
 }

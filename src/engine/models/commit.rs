@@ -224,3 +224,16 @@ fn a_log_without_room_costs_no_commit_and_no_sync() {
         assert_eq!(world.reserved.lock().unwrap().len(), usize::from(COMMITS) + 1);
     });
 }
+
+#[test]
+fn a_log_that_has_no_room_and_fails_makes_nothing_durable() {
+    explore(5000, || {
+        let mut disk = Disk::default();
+        disk.good = Some(thread_rng().gen_range(0..9));
+        disk.room = Some(thread_rng().gen_range(0..9));
+        let world = run(disk);
+        world.check_log();
+        let has_failed = world.store.disk().good.is_none();
+        assert_eq!(world.is_poisoned(), has_failed);
+    });
+}

@@ -59,6 +59,8 @@ pub(crate) struct Disk {
     is_latched: bool,
     /// A sync failed: what it was to make durable may be gone, though later ones succeed (fsync(2)'s own way).
     is_broken: bool,
+    /// What was there when the log was opened again may be gone, which the store knows.
+    is_lost: bool,
     rows: Map,
 }
 
@@ -101,6 +103,17 @@ impl Disk {
         is_full
     }
 
+    /// Makes what is there durable, unless a sync failed before. Nothing else is under way meanwhile.
+    fn reopen(&mut self) -> Result<()> {
+        self.is_latched = false;
+        self.is_lost |= self.is_broken || self.fails();
+        if self.is_lost {
+            return Err(failed());
+        }
+        self.synced = self.log.len();
+        Ok(())
+    }
+
     fn fails(&mut self) -> bool {
         let fails = self.good == Some(0);
         self.good = match self.good {
@@ -131,9 +144,9 @@ impl Store {
 
     pub(crate) fn reopen(&self, _: Mode) -> Result<()> {
         yield_now();
-        self.disk().is_latched = false;
-        // What is there is made durable.
-        self.sync_log().map_err(|_| failed())
+        let reopened = self.disk().reopen();
+        yield_now();
+        reopened
     }
 
     pub(crate) fn mode(&self) -> Mode {
@@ -225,7 +238,7 @@ impl Store {
             if disk.is_latched {
                 return Err(SyncError::AppendFailed);
             }
-            if disk.fails() {
+            if disk.is_lost || disk.fails() {
                 disk.is_broken = true;
                 return Err(SyncError::Failed(failed()));
             }
