@@ -161,10 +161,7 @@ impl Store {
     fn with_db<T>(&self, work: impl FnOnce(&DB) -> Result<T>) -> Result<T> {
         match &*self.open.read() {
             Some(open) => work(&open.db),
-            None => Err(Error::Storage {
-                errno: libc::EIO,
-                message: "the database could not be opened again".to_owned(),
-            }),
+            None => Err(not_open()),
         }
     }
 
@@ -239,20 +236,23 @@ impl Store {
 
     /// Makes every batch written before the call durable.
     pub(crate) fn sync_log(&self) -> std::result::Result<(), SyncError> {
-        let synced = self.with_db(|db| {
-            if self.has_lost.load(Ordering::Acquire) {
-                return Ok(Err(SyncError::Failed(Error::Poisoned)));
+        let open = self.open.read();
+        if self.has_lost.load(Ordering::Acquire) {
+            return Err(SyncError::Failed(Error::Poisoned));
+        }
+        let synced = match &*open {
+            // Opening it made everything durable, and nothing was written since.
+            Some(open) if open.mode == Mode::ReadOnly => return Ok(()),
+            Some(open) => open.db.flush_wal(true),
+            None => return Err(SyncError::Failed(not_open())),
+        };
+        synced.map_err(|error| {
+            if error.as_ref().contains(PREVIOUS_ERROR) {
+                return SyncError::AppendFailed;
             }
-            Ok(match db.flush_wal(true) {
-                Err(error) if error.as_ref().contains(PREVIOUS_ERROR) => Err(SyncError::AppendFailed),
-                Err(error) => {
-                    self.has_lost.store(true, Ordering::Release);
-                    Err(SyncError::Failed(log_failed("log sync", &error)))
-                }
-                Ok(()) => Ok(()),
-            })
-        });
-        synced.map_err(SyncError::Failed)?
+            self.has_lost.store(true, Ordering::Release);
+            SyncError::Failed(log_failed("log sync", &error))
+        })
     }
 
     /// Moves everything from the log into table files, durably: an orderly stop leaves no log to lose. On a full host the log
@@ -415,6 +415,13 @@ impl Iterator for Rows<'_> {
                 Some(Err(error))
             }
         }
+    }
+}
+
+fn not_open() -> Error {
+    Error::Storage {
+        errno: libc::EIO,
+        message: "the database could not be opened again".to_owned(),
     }
 }
 
@@ -598,7 +605,10 @@ mod tests {
     fn a_log_that_a_sync_failed_for_is_not_durable_for_being_opened_again() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::create(&dir.path().join("meta"), sizes()).unwrap();
-        store.reopen(Mode::Tight).unwrap();
+        for mode in [Mode::Tight, Mode::ReadOnly] {
+            store.reopen(mode).unwrap();
+            assert!(store.sync_log().is_ok());
+        }
         store.has_lost.store(true, Ordering::Release);
         assert_eq!(store.reopen(Mode::Tight), Err(Error::Poisoned));
         assert!(matches!(store.sync_log(), Err(SyncError::Failed(_))));

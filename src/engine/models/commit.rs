@@ -237,3 +237,17 @@ fn a_log_that_has_no_room_and_fails_makes_nothing_durable() {
         assert_eq!(world.is_poisoned(), has_failed);
     });
 }
+
+#[test]
+fn a_batch_that_is_there_though_its_append_failed_is_durable() {
+    explore(5000, || {
+        let mut disk = Disk::default();
+        disk.room = Some(thread_rng().gen_range(0..9));
+        disk.is_there = true;
+        // Nothing can be written, and nothing synced, until it is opened once more.
+        disk.shuts = true;
+        let world = run(disk);
+        world.check_log();
+        assert!(!world.is_poisoned());
+    });
+}

@@ -55,6 +55,10 @@ pub(crate) struct Disk {
     pub(crate) room: Option<usize>,
     /// Whether the append without room is there all the same.
     pub(crate) is_there: bool,
+    /// Whether there is no room for the log when it is opened again the first time.
+    pub(crate) shuts: bool,
+    /// Whether it is open for reading alone.
+    is_shut: bool,
     /// An append found no room: nothing more is taken until the log is opened again.
     is_latched: bool,
     /// A sync failed: what it was to make durable may be gone, though later ones succeed (fsync(2)'s own way).
@@ -106,6 +110,7 @@ impl Disk {
     /// Makes what is there durable, unless a sync failed before. Nothing else is under way meanwhile.
     fn reopen(&mut self) -> Result<()> {
         self.is_latched = false;
+        self.is_shut = std::mem::take(&mut self.shuts);
         self.is_lost |= self.is_broken || self.fails();
         if self.is_lost {
             return Err(failed());
@@ -150,7 +155,10 @@ impl Store {
     }
 
     pub(crate) fn mode(&self) -> Mode {
-        Mode::Roomy
+        match self.disk().is_shut {
+            true => Mode::ReadOnly,
+            false => Mode::Roomy,
+        }
     }
 
     pub(crate) fn flush_bytes(&self) -> u64 {
@@ -237,6 +245,9 @@ impl Store {
             let mut disk = self.disk();
             if disk.is_latched {
                 return Err(SyncError::AppendFailed);
+            }
+            if disk.is_shut && !disk.is_lost {
+                return Ok(());
             }
             if disk.is_lost || disk.fails() {
                 disk.is_broken = true;
