@@ -150,6 +150,13 @@ impl Space {
             .saturating_sub(self.missing_ballast())
     }
 
+    /// Whether the log may take `bytes` of what there is, the ballast included: half as much as that is left for what frees
+    /// space.
+    pub(crate) fn has_room_for_log(&self, bytes: u64) -> Result<bool> {
+        let ballast = self.limits.ballast.saturating_sub(self.missing_ballast());
+        Ok(self.free()?.saturating_add(ballast) >= bytes.saturating_add(self.limits.ballast / 2))
+    }
+
     /// Bytes that the ballast is to take again.
     fn missing_ballast(&self) -> u64 {
         match *self.ballast.lock() {

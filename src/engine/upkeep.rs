@@ -6,6 +6,7 @@ use super::bell::Wake;
 use super::core::{Access, Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
+use super::node::Node;
 use super::open::Opened;
 use super::seal;
 use super::space::Room;
@@ -182,7 +183,8 @@ impl Core {
         let mut outcome = self.relieve();
         outcome = outcome.and(self.reclaim_all());
         if publish {
-            outcome = outcome.and(self.publish_all());
+            let free = self.space.free()?;
+            outcome = outcome.and(self.publish_each(|access, node| access.publish_if_it_may_fit(node, free)));
             outcome = outcome.and(self.drain()?.remove_slot_files());
         }
         outcome.and(self.for_active(|access, node| {
@@ -208,7 +210,11 @@ impl Core {
 
     /// Publishes every file, makes the log durable, and notes how far it reached.
     pub(crate) fn publish_all(&self) -> Result<()> {
-        let outcome = self.for_active(|access, node| access.publish(node));
+        self.publish_each(|access, node| access.publish(node))
+    }
+
+    fn publish_each(&self, publish: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
+        let outcome = self.for_active(publish);
         self.committer.sync_to(self.committer.committed())?;
         let access = self.drain()?;
         seal::advance(&self.dir, access.keys(), self.committer.durable(), &self.sealed)?;
@@ -216,10 +222,7 @@ impl Core {
     }
 
     /// Does something with each active file. One that fails does not keep the others from it.
-    pub(crate) fn for_active(
-        &self,
-        work: impl Fn(&Access<'_>, &Arc<super::node::Node>) -> Result<()>,
-    ) -> Result<()> {
+    pub(crate) fn for_active(&self, work: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
         let mut outcome = Ok(());
         for ino in self.active.inodes() {
             // No node is held without access: after a revocation there are others.

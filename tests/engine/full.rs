@@ -293,3 +293,38 @@ fn a_read_only_mount_of_a_full_host_takes_nothing_away() {
     kept.check(&volume);
     assert!(host.fixture.dir().join("ballast").exists());
 }
+
+#[test]
+fn overwrites_that_find_no_room_keep_nothing_from_being_removed() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..2000).all(|_| kept.add(&volume, 500)));
+    let bytes = noise(7, 20 << 20);
+    let large = volume.make(Ino::ROOT, b"large", &FILE).unwrap().ino;
+    volume.write_back(large, 0, &bytes).unwrap();
+    volume.fsync(large).unwrap();
+    // A block of each chunk stays as it is: what is written over the others goes inline.
+    let next = noise(8, 124 << 10);
+    for chunk in 0..bytes.len() as u64 / (128 << 10) {
+        volume.write_back(large, chunk << 17, &next).unwrap();
+    }
+    host.fill(0);
+    for _ in 0..5 {
+        assert!(is_full(&volume.fsync(large)));
+        // The background tries as well.
+        host.fixture.clock.advance(Duration::from_secs(10));
+    }
+    assert!(volume.status().pending_bytes > 18 << 20);
+    kept.remove_every_other(&volume);
+    kept.remove_every_other(&volume);
+    volume.unlink(Ino::ROOT, b"large").unwrap();
+    volume.fsync(Ino::ROOT).unwrap();
+    volume.forget(large, 1);
+    host.in_time(|| {
+        let host = rustix::fs::statvfs(host.fixture.dir()).unwrap();
+        host.f_bavail * host.f_frsize > 16 << 20
+    });
+    assert!(!volume.status().failed);
+    kept.check_closed(&host, volume);
+}

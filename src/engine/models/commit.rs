@@ -239,6 +239,32 @@ fn a_log_that_has_no_room_and_fails_makes_nothing_durable() {
 }
 
 #[test]
+fn what_a_large_batch_finds_no_room_for_keeps_no_other_from_being_committed() {
+    explore(5000, || {
+        // The host has no room at all; what is small is tried all the same.
+        let world = World::new(Disk::default());
+        let small = |number: u8| -> Box<dyn FnOnce() + Send> {
+            let world = Arc::clone(&world);
+            Box::new(move || {
+                let seq = world.commit(vec![number]).unwrap();
+                world.sync_to(seq).unwrap();
+            })
+        };
+        let large = Arc::clone(&world);
+        let large = move || {
+            let mut batch = Batch::default();
+            batch.put(Family::Content, vec![9], vec![1; 100 << 10]);
+            let outcome = large.committer.commit(&large.keys, batch);
+            assert_eq!(outcome, Err(Error::Posix(libc::ENOSPC)));
+        };
+        together([small(0), Box::new(large), small(1), small(2)]);
+        world.check_log();
+        assert_eq!(world.answered.lock().unwrap().len(), 3);
+        assert!(!world.is_poisoned());
+    });
+}
+
+#[test]
 fn a_batch_that_is_there_though_its_append_failed_is_durable() {
     explore(5000, || {
         let mut disk = Disk::default();
