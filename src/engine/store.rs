@@ -4,15 +4,17 @@ use super::error::{Error, Result};
 use super::format::rowkey::Family;
 use super::slots::sync_dir;
 use super::sync::{RwLock, rank};
+use rocksdb::properties::{ACTUAL_DELAYED_WRITE_RATE, BACKGROUND_ERRORS};
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
-    CompactOptions, DB, DBCompressionType, DBRecoveryMode, Direction, IteratorMode, Options, ReadOptions,
-    WriteBatch, WriteBufferManager, WriteOptions,
+    CompactOptions, DB, DBCompressionType, DBRecoveryMode, Direction, ErrorKind, IteratorMode, Options,
+    ReadOptions, WriteBatch, WriteBufferManager, WriteOptions,
 };
 use std::ffi::CStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 const META: &str = "meta";
 const CONTENT: &str = "content";
@@ -38,6 +40,9 @@ const FAILED_SYNCS: [&str; 4] = [
     "While msync",
     "While sync_file_range",
 ];
+
+/// How long a batch waits at least that RocksDB does not take at present.
+const STALL_MIN: Duration = Duration::from_millis(1);
 
 /// A table file with this many deletions among so many neighbouring rows is compacted.
 const DELETIONS_MIN: usize = 2048;
@@ -88,6 +93,8 @@ pub(crate) struct Store {
     sizes: Sizes,
     /// Held for reading within each call alone; `None` if it could not be opened again.
     open: RwLock<Option<Open>, rank::Store>,
+    /// What the last batch took, in bytes.
+    written: AtomicU64,
     /// Whether a sync of the log has failed, which no later one makes good. Set with `open` held, so that nobody comes
     /// between.
     has_lost: AtomicBool,
@@ -128,6 +135,7 @@ impl Store {
             dir: dir.to_path_buf(),
             sizes,
             open: RwLock::new(Some(open)),
+            written: AtomicU64::new(0),
             has_lost: AtomicBool::new(false),
         }
     }
@@ -213,11 +221,20 @@ impl Store {
         }
     }
 
-    /// Appends one batch to the log and applies it; not yet durable.
+    /// Appends one batch to the log and applies it; not yet durable. Waits as long as RocksDB's background is behind.
     ///
     /// # Errors
     /// With ENOSPC it may be there all the same, and nothing more is taken until the database has been opened again.
-    pub(crate) fn write<'a>(&self, changes: impl Iterator<Item = &'a Change>) -> Result<()> {
+    pub(crate) fn write<'a>(&self, changes: impl Iterator<Item = &'a Change> + Clone) -> Result<()> {
+        // RocksDB's own wait has no end on a full host, and would keep the database from being opened again.
+        while !self.try_write(changes.clone())? {
+            std::thread::sleep(self.stall());
+        }
+        Ok(())
+    }
+
+    /// False if RocksDB takes nothing at present.
+    fn try_write<'a>(&self, changes: impl Iterator<Item = &'a Change>) -> Result<bool> {
         self.with_db(|db| {
             let mut batch = WriteBatch::default();
             for change in changes {
@@ -229,9 +246,33 @@ impl Store {
                     }
                 }
             }
-            db.write_opt(batch, &WriteOptions::default())
-                .map_err(|error| log_failed("log append", &error))
+            let bytes = batch.size_in_bytes() as u64;
+            let mut options = WriteOptions::default();
+            options.set_no_slowdown(true);
+            match db.write_opt(batch, &options) {
+                Ok(()) => {
+                    self.written.store(bytes, Ordering::Relaxed);
+                    Ok(true)
+                }
+                // Whatever is behind because it found no room stays behind.
+                Err(error) if error.kind() == ErrorKind::Incomplete => {
+                    match property(db, BACKGROUND_ERRORS) {
+                        0 => Ok(false),
+                        _ => Err(Error::Posix(libc::ENOSPC)),
+                    }
+                }
+                Err(error) => Err(log_failed("log append", &error)),
+            }
         })
+    }
+
+    /// How long to wait for the background. Where it does not stop writes but delays them, each attempt is charged what the
+    /// last batch takes at the rate that it allows, whether it succeeds or not (WriteController::GetDelay).
+    fn stall(&self) -> Duration {
+        let rate = self.with_db(|db| Ok(property(db, ACTUAL_DELAYED_WRITE_RATE)));
+        let charged = self.written.load(Ordering::Relaxed).saturating_mul(2_000_000);
+        let micros = charged.checked_div(rate.unwrap_or_default()).unwrap_or_default();
+        STALL_MIN + Duration::from_micros(micros)
     }
 
     /// Makes every batch written before the call durable.
@@ -418,6 +459,11 @@ impl Iterator for Rows<'_> {
     }
 }
 
+/// A number that RocksDB has for the whole database; 0 if it does not tell.
+fn property(db: &DB, name: &rocksdb::properties::PropName) -> u64 {
+    db.property_int_value(name).ok().flatten().unwrap_or_default()
+}
+
 fn not_open() -> Error {
     Error::Storage {
         errno: libc::EIO,
@@ -475,7 +521,8 @@ fn sync_logs(dir: &Path) -> Result<()> {
 fn describe(sizes: Sizes, mode: Mode, create: bool) -> Result<(Options, [ColumnFamilyDescriptor; 2])> {
     // Each log says where the one before it ends: of logs that are not synced yet the kernel may lose an older one's pages
     // and keep a younger one's, which must not be replayed then.
-    let mut settings = "track_and_verify_wals=true".to_owned();
+    // A batch that is delayed is charged twice, so the rate is twice the usual one.
+    let mut settings = "track_and_verify_wals=true;delayed_write_rate=33554432".to_owned();
     if mode == Mode::Tight {
         // Blocks that are allocated ahead would be missing for what needs them now.
         settings += ";avoid_flush_during_recovery=true;allow_fallocate=false";
@@ -599,6 +646,72 @@ mod tests {
             }
             assert_eq!(log_errno_of(&error("appending to file")), errno);
         }
+    }
+
+    /// A host of its own with room for `bytes`, until it is dropped.
+    struct Host(tempfile::TempDir);
+
+    impl Host {
+        fn new(bytes: u64) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("none", dir.path(), "tmpfs", flags, Some(size.as_c_str())).unwrap();
+            Self(dir)
+        }
+    }
+
+    impl Drop for Host {
+        fn drop(&mut self) {
+            rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_batch_waits_for_no_flush_that_found_no_room() {
+        // Memtables fill faster than they are stored; the store of the first ends without room while batches wait for it.
+        for round in 0..3 {
+            let host = Host::new((20 + round) << 20);
+            let store = Store::create(&host.0.path().join("meta"), sizes()).unwrap();
+            let batch = |number: u64| {
+                let row = |row: u64| {
+                    let key = [number.to_be_bytes(), row.to_be_bytes()].concat();
+                    Change::Put(Family::Meta, key, vec![1; 1000])
+                };
+                (0..3000).map(row).collect::<Vec<_>>()
+            };
+            let (end, ended) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let failed = (0..100).find_map(|number| store.write(batch(number).iter()).err());
+                drop(store);
+                end.send(failed).unwrap();
+            });
+            let failed = ended.recv_timeout(Duration::from_secs(60)).unwrap();
+            assert!(failed.unwrap().is_no_room());
+        }
+    }
+
+    #[test]
+    fn batches_that_rocksdb_delays_or_stops_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(&dir.path().join("meta"), sizes()).unwrap();
+        let triggers = [
+            ("level0_file_num_compaction_trigger", "100"),
+            ("level0_slowdown_writes_trigger", "2"),
+        ];
+        let set = store.with_db(|db| Ok(db.set_options_cf(column(db, Family::Meta)?, &triggers)));
+        set.unwrap().unwrap();
+        for number in 0..2000_u64 {
+            let key = number.to_be_bytes().to_vec();
+            let row = Change::Put(Family::Meta, key, vec![1; 10_000]);
+            store.write(std::iter::once(&row)).unwrap();
+        }
+        assert!(
+            store
+                .with_db(|db| Ok(property(db, ACTUAL_DELAYED_WRITE_RATE)))
+                .unwrap()
+                > 0
+        );
     }
 
     #[test]
