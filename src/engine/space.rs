@@ -97,11 +97,12 @@ impl Space {
         }
     }
 
-    /// Takes `bytes` of the room there is, and says how much that was; `pending` were taken before and are not stored yet.
-    pub(crate) fn take(&self, bytes: usize, pending: u64) -> Result<Room> {
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        if self.credit.fetch_sub(bytes, Ordering::Relaxed) < bytes {
-            self.look(pending)?;
+    /// Takes `bytes` of the room there is, and says for what there was enough; `pending` were taken before and are not stored
+    /// yet.
+    pub(crate) fn take(&self, bytes: u64, pending: u64) -> Result<Room> {
+        let wanted = i64::try_from(bytes).unwrap_or(i64::MAX);
+        if self.credit.fetch_sub(wanted, Ordering::Relaxed) < wanted {
+            return self.look_for(bytes, pending);
         }
         Ok(self.room())
     }
@@ -117,19 +118,29 @@ impl Space {
 
     /// Asks the host how much it has, `pending` bytes of which are taken.
     pub(crate) fn look(&self, pending: u64) -> Result<Room> {
+        self.look_for(1, pending)
+    }
+
+    /// The same for `bytes` more, which are taken if there is plenty.
+    fn look_for(&self, bytes: u64, pending: u64) -> Result<Room> {
         let free = self.free()?;
         let above = self.usable(free).saturating_sub(pending);
-        let room = match free {
-            _ if above > 0 => Room::Plenty,
-            _ if free >= self.missing_ballast() => Room::Low,
-            _ => Room::Reserve,
+        let is_low = free >= self.missing_ballast();
+        let room_for = |bytes: u64| match is_low {
+            _ if above >= bytes => Room::Plenty,
+            // New versions may have their place reserved. If not, the log finds room for them or refuses them.
+            true => Room::Low,
+            false => Room::Reserve,
         };
         // Half of what is left, since others take from it as well.
-        let credit = i64::try_from(above / 2).unwrap_or(i64::MAX).min(CREDIT_BYTES_MAX);
+        let room = room_for(bytes);
+        let left = if room == Room::Plenty { above - bytes } else { above };
+        let credit = i64::try_from(left / 2).unwrap_or(i64::MAX).min(CREDIT_BYTES_MAX);
         self.credit.store(credit, Ordering::Relaxed);
-        if self.room.swap(room as u8, Ordering::Relaxed) != room as u8 {
+        let now = room_for(1);
+        if self.room.swap(now as u8, Ordering::Relaxed) != now as u8 {
             tracing::info!(
-                ?room,
+                room = ?now,
                 free,
                 margin = self.limits.margin,
                 "the host's room has changed"
@@ -214,6 +225,32 @@ fn available(host: &StatVfs) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_more_than_there_is_above_the_margin_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let free = || available(&rustix::fs::statvfs(dir.path()).unwrap());
+        // Others use this host as well.
+        const SLACK: u64 = 1 << 30;
+        let limits = Limits {
+            margin: free() - 2 * SLACK,
+            ballast: 0,
+        };
+        let space = Space::new(dir.path(), limits);
+        assert_eq!(space.take(4 * SLACK, 0), Ok(Room::Low));
+        assert_eq!(space.take(4096, 0), Ok(Room::Plenty));
+        assert_eq!(space.take(4 * SLACK, 0), Ok(Room::Low));
+        assert_eq!(space.take(SLACK, 2 * SLACK), Ok(Room::Low));
+        assert_eq!(space.room(), Room::Low);
+        // What is taken is not there for the next.
+        let limits = Limits {
+            margin: free() - (4 << 20),
+            ballast: 0,
+        };
+        let space = Space::new(dir.path(), limits);
+        space.take(3 << 20, 0).unwrap();
+        assert!(space.credit.load(Ordering::Relaxed) <= 1 << 20);
+    }
 
     #[test]
     fn the_margin_holds_the_log_and_twice_the_memtables() {
