@@ -622,7 +622,7 @@ fn log_errno_of(text: &str) -> i32 {
     }
 }
 
-#[cfg(all(test, not(feature = "shuttle")))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
