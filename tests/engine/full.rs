@@ -6,6 +6,7 @@ use rustix::mount::UnmountFlags;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -49,14 +50,18 @@ impl SmallHost {
             .unwrap();
         let mut piece = vec![1; 1 << 20];
         while !piece.is_empty() {
-            let host = rustix::fs::statvfs(self.fixture.dir()).unwrap();
-            let is_left = left > 0 && host.f_bavail * host.f_frsize <= left + piece.len() as u64;
+            let is_left = left > 0 && self.free() <= left + piece.len() as u64;
             if is_left || file.write_all(&piece).is_err() {
                 piece.truncate(piece.len() / 2);
             }
         }
         // What ext4 promised without a block for it.
         let _full = file.sync_all();
+    }
+
+    fn free(&self) -> u64 {
+        let host = rustix::fs::statvfs(self.fixture.dir()).unwrap();
+        host.f_bavail * host.f_frsize
     }
 
     /// Lets the background do what is due, until `holds`.
@@ -321,10 +326,40 @@ fn overwrites_that_find_no_room_keep_nothing_from_being_removed() {
     volume.unlink(Ino::ROOT, b"large").unwrap();
     volume.fsync(Ino::ROOT).unwrap();
     volume.forget(large, 1);
-    host.in_time(|| {
-        let host = rustix::fs::statvfs(host.fixture.dir()).unwrap();
-        host.f_bavail * host.f_frsize > 16 << 20
-    });
+    host.in_time(|| host.free() > 16 << 20);
     assert!(!volume.status().failed);
     kept.check_closed(&host, volume);
+}
+
+#[test]
+fn what_is_inline_stays_there_on_a_host_that_is_low() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    // Beginnings that are inline, of files that have become large.
+    let inodes: Vec<_> = (0..100)
+        .map(|number| {
+            let name = format!("file {number}");
+            let ino = volume.make(Ino::ROOT, name.as_bytes(), &FILE).unwrap().ino;
+            volume.write_back(ino, 0, &noise(number, 20_000)).unwrap();
+            volume.write_back(ino, 1 << 20, &noise(number, 4096)).unwrap();
+            volume.fsync(ino).unwrap();
+            ino
+        })
+        .collect();
+    let taken = || {
+        let files = crate::support::files_below(&host.fixture.dir().join("data"));
+        let blocks = |file: &PathBuf| std::fs::metadata(file).unwrap().blocks();
+        files.iter().map(blocks).sum::<u64>()
+    };
+    let before = taken();
+    host.fill(12 << 20);
+    for _ in 0..3 {
+        // A round of the background shows by what it made durable.
+        volume.write_back(inodes[0], 1 << 20, &noise(9, 4096)).unwrap();
+        let seq = volume.status().durable_seq;
+        host.in_time(|| volume.status().durable_seq > seq);
+    }
+    assert_eq!(taken(), before);
+    std::fs::remove_file(host.filling()).unwrap();
+    host.in_time(|| taken() >= before + 100 * 32);
 }
