@@ -22,6 +22,8 @@ const BALLAST_BYTES_MIN: u64 = 8 << 20;
 /// A log and its memtables take half the margin at most, and no more than these.
 const WRITE_BUFFER_BYTES_MAX: u64 = 32 << 20;
 const LOG_BYTES_MAX: u64 = 256 << 20;
+/// How often a ballast that could not be reserved is not tried: about a minute, at once a second.
+const RESTORE_PAUSES: u32 = 60;
 /// Bytes that are taken in before the host is asked again how much it has.
 const CREDIT_BYTES_MAX: i64 = 64 << 20;
 
@@ -79,8 +81,14 @@ pub(crate) struct Space {
     /// Bytes that may still be taken in before the host is asked again.
     credit: AtomicI64,
     room: AtomicU8,
-    /// Whether the ballast is there. Held while that changes.
-    ballast: Mutex<bool, rank::Ballast>,
+    ballast: Mutex<Ballast, rank::Ballast>,
+}
+
+/// Held while it changes.
+struct Ballast {
+    is_there: bool,
+    /// How often it is not to be taken again though there is plenty: the last attempt failed.
+    pauses: u32,
 }
 
 impl Space {
@@ -93,7 +101,7 @@ impl Space {
             limits,
             credit: AtomicI64::new(0),
             room: AtomicU8::new(Room::Plenty as u8),
-            ballast: Mutex::new(is_there),
+            ballast: Mutex::new(Ballast { is_there, pauses: 0 }),
         }
     }
 
@@ -134,7 +142,11 @@ impl Space {
         };
         // Half of what is left, since others take from it as well.
         let room = room_for(bytes);
-        let left = if room == Room::Plenty { above - bytes } else { above };
+        let left = if room == Room::Plenty {
+            above - bytes
+        } else {
+            above
+        };
         let credit = i64::try_from(left / 2).unwrap_or(i64::MAX).min(CREDIT_BYTES_MAX);
         self.credit.store(credit, Ordering::Relaxed);
         let now = room_for(1);
@@ -170,7 +182,7 @@ impl Space {
 
     /// Bytes that the ballast is to take again.
     fn missing_ballast(&self) -> u64 {
-        match *self.ballast.lock() {
+        match self.ballast.lock().is_there {
             true => 0,
             false => self.limits.ballast,
         }
@@ -178,8 +190,8 @@ impl Space {
 
     /// Gives the ballast's space to whoever needs it. The database goes on in that.
     pub(crate) fn give_up_ballast(&self) {
-        let mut is_there = self.ballast.lock();
-        if !std::mem::take(&mut *is_there) {
+        let mut ballast = self.ballast.lock();
+        if !std::mem::take(&mut ballast.is_there) {
             return;
         }
         match std::fs::remove_file(self.dir.join(BALLAST)) {
@@ -190,8 +202,12 @@ impl Space {
 
     /// Takes the ballast's space if there is plenty besides. A host that cannot reserve space goes without.
     pub(crate) fn restore_ballast(&self) -> Result<()> {
-        let mut is_there = self.ballast.lock();
-        if *is_there || self.free()? < self.limits.margin.saturating_add(self.limits.ballast) {
+        let mut ballast = self.ballast.lock();
+        if ballast.is_there || self.free()? < self.limits.margin.saturating_add(self.limits.ballast) {
+            return Ok(());
+        }
+        if ballast.pauses > 0 {
+            ballast.pauses -= 1;
             return Ok(());
         }
         let path = self.dir.join(BALLAST);
@@ -202,15 +218,16 @@ impl Space {
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
                 tracing::info!("the host cannot reserve space: the volume has no ballast");
                 // An empty file says that it was tried.
-                *is_there = true;
+                ballast.is_there = true;
                 Ok(())
             }
             Err(errno) => {
                 let _gone = std::fs::remove_file(&path);
+                ballast.pauses = RESTORE_PAUSES;
                 Err(Error::io("reserve the ballast", &errno.into()))
             }
             Ok(()) => {
-                *is_there = true;
+                ballast.is_there = true;
                 Ok(())
             }
         }
@@ -250,6 +267,24 @@ mod tests {
         let space = Space::new(dir.path(), limits);
         space.take(3 << 20, 0).unwrap();
         assert!(space.credit.load(Ordering::Relaxed) <= 1 << 20);
+    }
+
+    #[test]
+    fn a_ballast_that_cannot_be_reserved_is_not_tried_at_once_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            margin: 0,
+            ballast: 8192,
+        };
+        let space = Space::new(dir.path(), limits);
+        let path = dir.path().join(BALLAST);
+        std::fs::create_dir(&path).unwrap();
+        assert!(space.restore_ballast().is_err());
+        std::fs::remove_dir(&path).unwrap();
+        for _ in 0..RESTORE_PAUSES {
+            assert!(space.restore_ballast().is_ok() && !path.exists());
+        }
+        assert!(space.restore_ballast().is_ok() && path.exists());
     }
 
     #[test]

@@ -198,7 +198,9 @@ impl Core {
     /// Looks how much room the host has, and makes the best of it.
     fn relieve(&self) -> Result<()> {
         self.committer.relieve()?;
-        self.space.restore_ballast()?;
+        if let Err(error) = self.space.restore_ballast() {
+            tracing::warn!(%error, "the ballast is not there again");
+        }
         if self.space.look(self.active.pending_bytes())? != Room::Plenty {
             self.is_compaction_due.store(true, Ordering::Release);
         }
