@@ -91,11 +91,13 @@ fn keep_up(core: &Core) {
 
 /// Once the host has run low, what is deleted is given back to it at once: RocksDB would wait for writes.
 fn compact(core: &Core) {
-    let mut seen = core.committer.deletions();
+    // What an earlier mount deleted counts as well.
+    let mut seen = None;
     let mut earliest = core.clock.monotonic();
     while core.compact_bell.wait(COMPACT_MAX) == Wake::Work {
         let (deletions, now) = (core.committer.deletions(), core.clock.monotonic());
-        if deletions == seen || now < earliest || !core.is_compaction_due.load(Ordering::Acquire) {
+        let is_due = core.is_compaction_due.load(Ordering::Acquire) && now >= earliest;
+        if !is_due || seen == Some(deletions) && !core.store.has_garbage() {
             continue;
         }
         let go_on = || match core.compact_bell.is_stopped() {
@@ -104,10 +106,10 @@ fn compact(core: &Core) {
         };
         match core.store.compact(|| core.space.free(), go_on) {
             Ok(true) => {
-                seen = deletions;
+                seen = Some(deletions);
                 if core.space.room() == Room::Plenty
                     && core.orphans.is_idle()
-                    && core.committer.deletions() == seen
+                    && core.committer.deletions() == deletions
                 {
                     core.is_compaction_due.store(false, Ordering::Release);
                 }
