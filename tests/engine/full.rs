@@ -332,6 +332,16 @@ fn overwrites_that_find_no_room_keep_nothing_from_being_removed() {
 }
 
 #[test]
+fn a_volume_closes_on_a_full_host() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..200).all(|_| kept.add(&volume, SMALL) && kept.add(&volume, 100_000)));
+    host.fill(0);
+    kept.check_closed(&host, volume);
+}
+
+#[test]
 fn what_was_removed_before_the_mount_is_given_back_on_a_host_that_is_low() {
     let host = SmallHost::new();
     let mut volume = host.fixture.open();
