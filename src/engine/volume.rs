@@ -460,7 +460,9 @@ impl Volume {
         let root = self.core.committer.root();
         let bytes = |count: u64| count.saturating_mul(host.f_frsize);
         let in_blocks = |bytes: u64| bytes / u64::from(StatFs::BLOCK_BYTES);
-        let usable = |count: u64| in_blocks(self.core.space.usable(bytes(count)));
+        // What is in memory alone will take its room.
+        let pending = self.core.active.pending_bytes();
+        let usable = |count: u64| in_blocks(self.core.space.usable(bytes(count)).saturating_sub(pending));
         // Every file needs a record of a few hundred bytes, no inode of the host's.
         let files_free = usable(host.f_bavail).saturating_mul(4);
         Ok(StatFs {
@@ -487,9 +489,9 @@ impl Core {
         if self.keyring.state() != KeyState::Live {
             return self.committer.sync_to(self.committer.committed());
         }
+        // Everything is stored with the first; the rest is order, which on a full host waits for another mount.
         let mut outcome = self.publish_all();
         let drained = self.for_active(|access, node| {
-        // Everything is stored with the first; the rest is order, which on a full host waits for another mount.
             access.settle(node)?;
             access.drain_file(node)
         });

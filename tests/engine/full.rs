@@ -360,6 +360,34 @@ fn what_was_removed_before_the_mount_is_given_back_on_a_host_that_is_low() {
 }
 
 #[test]
+fn what_statfs_calls_available_can_be_written() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let available = || volume.statfs().unwrap().blocks_available * 4096;
+    let ino = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    // What is in memory alone counts as written.
+    let before = available();
+    let small: Vec<_> = (0..300).map(|number| format!("small {number}")).collect();
+    for name in &small {
+        let ino = volume.make(Ino::ROOT, name.as_bytes(), &FILE).unwrap().ino;
+        volume.write_back(ino, 0, &noise(1, 30_000)).unwrap();
+    }
+    assert!(available() + (8 << 20) < before, "{before} {}", available());
+    let promised = available();
+    let piece = noise(2, 128 << 10);
+    // Records of chunks, the log and the tables take a share that nobody knows before.
+    for at in (0..promised - promised / 16).step_by(piece.len()) {
+        volume.write_back(ino, at, &piece).unwrap();
+        if at % (8 << 20) == 0 {
+            volume.fsync(ino).unwrap();
+        }
+    }
+    volume.fsync(ino).unwrap();
+    let left = available();
+    assert!(left < promised / 8, "{promised} {left}");
+}
+
+#[test]
 fn what_is_inline_stays_there_on_a_host_that_is_low() {
     let host = SmallHost::new();
     let volume = host.fixture.open();
