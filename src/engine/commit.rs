@@ -71,8 +71,6 @@ impl Batch {
 const APPENDS_MAX: usize = 2;
 /// What the log adds to the keys and the value of a change, at most, in bytes.
 const CHANGE_BYTES: usize = 24;
-/// What the database needs, besides what is to be flushed, to be opened with a background, in bytes.
-const RELIEF_BYTES: u64 = 4 << 20;
 /// A batch of so many bytes may be tried on a host that may have no room for it: what an append that fails half way leaves
 /// in the log is there until the database flushes again.
 const TRIED_BYTES_MAX: u64 = 64 << 10;
@@ -99,8 +97,6 @@ pub(crate) struct Committer {
     durable: AtomicU64,
     /// Commits that deleted something.
     deletions: AtomicU64,
-    /// What the host has to have before the database may flush again, in bytes, since less was too little.
-    relief_bytes: AtomicU64,
     poisoned: AtomicBool,
 }
 
@@ -116,7 +112,6 @@ impl Committer {
             writer: Mutex::new(last),
             syncing: Mutex::default(),
             deletions: AtomicU64::new(0),
-            relief_bytes: AtomicU64::new(0),
             poisoned: AtomicBool::new(false),
         }
     }
@@ -262,20 +257,11 @@ impl Committer {
             return Ok(());
         }
         let last = self.writer.lock();
-        let free = self.space.free()?;
-        let needed = self.store.flush_bytes().saturating_add(RELIEF_BYTES);
-        if free < needed.max(self.relief_bytes.load(Ordering::Relaxed)) {
+        if self.space.free()? < self.store.flush_bytes() {
             return Ok(());
         }
         let key = rowkey::root(Domain::FIRST);
-        self.reopen(&[&last.row], &key, Mode::Roomy)?;
-        // It took more than that.
-        let next = match self.store.mode() {
-            Mode::Roomy => 0,
-            Mode::Tight | Mode::ReadOnly => free.saturating_add(RELIEF_BYTES),
-        };
-        self.relief_bytes.store(next, Ordering::Relaxed);
-        Ok(())
+        self.reopen(&[&last.row], &key, Mode::Roomy).map(|_| ())
     }
 
     /// How many commits deleted something.
