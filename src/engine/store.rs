@@ -31,8 +31,6 @@ const GARBAGE_SHARE: u64 = 10;
 const GARBAGE_BYTES_MIN: u64 = 1 << 20;
 /// The share of blob files, the oldest ones, that an ordinary compaction copies from.
 const GARBAGE_AGE_CUTOFF: f64 = 0.25;
-/// Table files that are compacted at a time, in bytes: nobody who ends the volume waits for more.
-const COMPACT_BYTES: u64 = 128 << 20;
 /// How RocksDB calls a sync that it did not try because a write to the file had failed.
 const PREVIOUS_ERROR: &str = "previous error";
 /// How it calls syncs that failed (env/io_posix.cc).
@@ -148,10 +146,6 @@ impl Store {
     /// # Errors
     /// If what was written may be lost, or the database cannot be read any more.
     pub(crate) fn reopen(&self, mode: Mode) -> Result<()> {
-        // A compaction has the database until it ends, and so has whoever waits behind this: it breaks off.
-        if let Some(open) = &*self.open.read() {
-            open.db.cancel_all_background_work(false);
-        }
         let mut place = self.open.write();
         // RocksDB's threads end with it.
         *place = None;
@@ -305,26 +299,16 @@ impl Store {
     /// Moves everything from the log into table files, durably: an orderly stop leaves no log to lose. On a full host the log
     /// stays.
     pub(crate) fn flush(&self) -> Result<()> {
-        let flushed = self.with_roomy(|db| {
+        if self.mode() != Mode::Roomy {
+            return Ok(());
+        }
+        self.with_db(|db| {
             for family in [Family::Meta, Family::Content] {
-                match db.flush_cf(column(db, family)?) {
-                    // It is about to be opened again.
-                    Err(error) if error.kind() == ErrorKind::ShutdownInProgress => {}
-                    flushed => flushed.map_err(|error| log_failed("flush", &error))?,
-                }
+                db.flush_cf(column(db, family)?)
+                    .map_err(|error| log_failed("flush", &error))?;
             }
             Ok(())
-        });
-        flushed.map(|_| ())
-    }
-
-    /// Uses the database if it has a background, of which it may be asked more then.
-    fn with_roomy<T>(&self, work: impl FnOnce(&DB) -> Result<T>) -> Result<Option<T>> {
-        match &*self.open.read() {
-            Some(open) if open.mode == Mode::Roomy => work(&open.db).map(Some),
-            Some(_) => Ok(None),
-            None => Err(not_open()),
-        }
+        })
     }
 }
 
@@ -348,13 +332,6 @@ impl Store {
         number.ok().flatten().unwrap_or_default()
     }
 
-    /// Whether blob files hold much that no row refers to any more, as far as compactions found.
-    pub(crate) fn has_garbage(&self) -> bool {
-        let garbage = self.number(Family::Content, c"rocksdb.live-blob-file-garbage-size");
-        let bytes = self.number(Family::Content, c"rocksdb.live-blob-file-size");
-        garbage > (bytes / GARBAGE_SHARE).max(GARBAGE_BYTES_MIN)
-    }
-
     /// Compacts everything, as long as the host has `room`, in bytes, for the copies that this makes, and `go_on` says so.
     /// False if something was left for want of room.
     pub(crate) fn compact(
@@ -367,72 +344,43 @@ impl Store {
         }
         self.flush()?;
         for family in [Family::Content, Family::Meta] {
+            go_on()?;
             if self.number(family, c"rocksdb.live-sst-files-size") > room()? / 2 {
                 return Ok(false);
             }
             // Of blob files only those go in which nothing is left.
-            self.compact_family(family, 0.0, &go_on)?;
+            self.compact_family(family, 0.0)?;
         }
         let files = || self.number(Family::Content, c"rocksdb.num-blob-files");
         let bytes = || self.number(Family::Content, c"rocksdb.live-blob-file-size");
         let mut left = files();
-        while left > 0 && self.has_garbage() && self.mode() == Mode::Roomy {
+        while left > 0 && self.mode() == Mode::Roomy {
+            go_on()?;
+            let garbage = self.number(Family::Content, c"rocksdb.live-blob-file-garbage-size");
+            if garbage <= (bytes() / GARBAGE_SHARE).max(GARBAGE_BYTES_MIN) {
+                break;
+            }
             // The oldest files, as many as there is room to copy.
             let file_bytes = (bytes() / files().max(1)).max(1);
             let some = (room()? / 2 / file_bytes).clamp(1, left);
-            let share = (some as f64 + 0.5) / files().max(1) as f64;
-            self.compact_family(Family::Content, share, &go_on)?;
+            self.compact_family(Family::Content, (some as f64 + 0.5) / files().max(1) as f64)?;
             left -= some;
         }
         self.with_db(|db| collect_garbage(db, GARBAGE_AGE_CUTOFF))?;
         Ok(self.mode() == Mode::Roomy)
     }
 
-    fn compact_family(
-        &self,
-        family: Family,
-        garbage_age_cutoff: f64,
-        go_on: impl Fn() -> Result<()>,
-    ) -> Result<()> {
-        let cuts = self.with_db(|db| cuts(db, family))?;
-        let from = std::iter::once(None).chain(cuts.iter().map(Some));
-        let to = cuts.iter().map(Some).chain(std::iter::once(None));
-        for (from, to) in from.zip(to) {
-            go_on()?;
-            self.with_roomy(|db| {
-                collect_garbage(db, garbage_age_cutoff)?;
-                let mut options = CompactOptions::default();
-                options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
-                // Its errors show in the next write.
-                db.compact_range_cf_opt(column(db, family)?, from, to, &options);
-                Ok(())
-            })?;
-        }
-        Ok(())
+    fn compact_family(&self, family: Family, garbage_age_cutoff: f64) -> Result<()> {
+        self.with_db(|db| {
+            collect_garbage(db, garbage_age_cutoff)?;
+            let mut options = CompactOptions::default();
+            options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+            // Its errors show in the next write.
+            let all: Option<&[u8]> = None;
+            db.compact_range_cf_opt(column(db, family)?, all, all, &options);
+            Ok(())
+        })
     }
-}
-
-/// Keys between which a compaction does not take long.
-fn cuts(db: &DB, family: Family) -> Result<Vec<Vec<u8>>> {
-    let files = db.live_files().map_err(|error| failed("list files", &error))?;
-    let mut files: Vec<_> = files
-        .into_iter()
-        .filter(|file| file.column_family_name == name(family))
-        .filter_map(|file| Some((file.end_key?, file.size as u64)))
-        .collect();
-    files.sort();
-    let mut cuts = Vec::new();
-    let mut bytes = 0;
-    for (mut end, size) in files {
-        bytes += size;
-        if bytes >= COMPACT_BYTES {
-            bytes = 0;
-            // The first key that is not in the file.
-            end.push(0);
-            cuts.push(end);
-        }
-    }
-    Ok(cuts)
 }
 
 /// Lets compactions copy what is left in the oldest blob files: this share of them.
@@ -523,15 +471,11 @@ fn not_open() -> Error {
     }
 }
 
-fn name(family: Family) -> &'static str {
-    match family {
+fn column(db: &DB, family: Family) -> Result<&ColumnFamily> {
+    let name = match family {
         Family::Meta => META,
         Family::Content => CONTENT,
-    }
-}
-
-fn column(db: &DB, family: Family) -> Result<&ColumnFamily> {
-    let name = name(family);
+    };
     db.cf_handle(name).ok_or_else(|| Error::Corrupt {
         what: format!("column family {name}"),
     })
@@ -681,7 +625,6 @@ fn log_errno_of(text: &str) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rocksdb::properties::NUM_RUNNING_COMPACTIONS;
 
     fn sizes() -> Sizes {
         Sizes {
@@ -769,56 +712,6 @@ mod tests {
                 .unwrap()
                 > 0
         );
-    }
-
-    #[test]
-    fn a_compaction_breaks_off_for_who_opens_the_database_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let sizes = Sizes {
-            write_buffer_bytes: 16 << 20,
-            ..sizes()
-        };
-        let store = Store::create(&dir.path().join("meta"), sizes).unwrap();
-        let alone = [("disable_auto_compactions", "true")];
-        let set = store.with_db(|db| Ok(db.set_options_cf(column(db, Family::Meta)?, &alone)));
-        set.unwrap().unwrap();
-        let key = |number: u64| number.to_be_bytes().to_vec();
-        let count = 300;
-        for number in 0..count {
-            let rows: Vec<_> = (0..1000)
-                .map(|row| Change::Put(Family::Meta, key(number * 1000 + row), vec![1; 1000]))
-                .collect();
-            store.write(rows.iter()).unwrap();
-        }
-        store.flush().unwrap();
-        let files = || -> std::collections::HashSet<_> {
-            let files = store.with_db(|db| Ok(db.live_files())).unwrap().unwrap();
-            files.into_iter().map(|file| file.name).collect()
-        };
-        assert!(!store.with_db(|db| cuts(db, Family::Meta)).unwrap().is_empty());
-        let breaks_off = || {
-            let before = files();
-            std::thread::scope(|scope| {
-                let compacting = scope.spawn(|| store.compact(|| Ok(u64::MAX), || Ok(())));
-                let running = || store.with_db(|db| Ok(property(db, NUM_RUNNING_COMPACTIONS)));
-                while running().unwrap() == 0 && !compacting.is_finished() {
-                    std::thread::yield_now();
-                }
-                store.reopen(Mode::Tight).unwrap();
-                compacting.join().unwrap().unwrap();
-            });
-            store.reopen(Mode::Roomy).unwrap();
-            // What it was to take at first is there still.
-            files().intersection(&before).count() + 5 > before.len()
-        };
-        // On a machine with much to do a part may end before anybody can ask.
-        assert!((0..20).any(|_| breaks_off()));
-        let before = files();
-        assert_eq!(store.compact(|| Ok(u64::MAX), || Ok(())), Ok(true));
-        assert!(files().is_disjoint(&before));
-        for number in [0, count * 1000 - 1] {
-            assert_eq!(store.get(Family::Meta, &key(number)), Ok(Some(vec![1; 1000])));
-        }
     }
 
     #[test]

@@ -97,7 +97,7 @@ fn compact(core: &Core) {
     while core.compact_bell.wait(COMPACT_MAX) == Wake::Work {
         let (deletions, now) = (core.committer.deletions(), core.clock.monotonic());
         let is_due = core.is_compaction_due.load(Ordering::Acquire) && now >= earliest;
-        if !is_due || seen == Some(deletions) && !core.store.has_garbage() {
+        if !is_due || seen == Some(deletions) {
             continue;
         }
         let go_on = || match core.compact_bell.is_stopped() {

@@ -165,10 +165,6 @@ impl Store {
         0
     }
 
-    pub(crate) fn has_garbage(&self) -> bool {
-        false
-    }
-
     pub(crate) fn compact(&self, _: impl Fn() -> Result<u64>, _: impl Fn() -> Result<()>) -> Result<bool> {
         Ok(true)
     }
