@@ -91,13 +91,11 @@ fn keep_up(core: &Core) {
 
 /// Once the host has run low, what is deleted is given back to it at once: RocksDB would wait for writes.
 fn compact(core: &Core) {
-    // What an earlier mount deleted counts as well.
-    let mut seen = None;
+    let mut seen = core.committer.deletions();
     let mut earliest = core.clock.monotonic();
     while core.compact_bell.wait(COMPACT_MAX) == Wake::Work {
         let (deletions, now) = (core.committer.deletions(), core.clock.monotonic());
-        let is_due = core.is_compaction_due.load(Ordering::Acquire) && now >= earliest;
-        if !is_due || seen == Some(deletions) {
+        if deletions == seen || now < earliest || !core.is_compaction_due.load(Ordering::Acquire) {
             continue;
         }
         let go_on = || match core.compact_bell.is_stopped() {
@@ -106,10 +104,10 @@ fn compact(core: &Core) {
         };
         match core.store.compact(|| core.space.free(), go_on) {
             Ok(true) => {
-                seen = Some(deletions);
+                seen = deletions;
                 if core.space.room() == Room::Plenty
                     && core.orphans.is_idle()
-                    && core.committer.deletions() == deletions
+                    && core.committer.deletions() == seen
                 {
                     core.is_compaction_due.store(false, Ordering::Release);
                 }

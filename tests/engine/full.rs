@@ -356,24 +356,6 @@ fn a_volume_closes_on_a_full_host() {
 }
 
 #[test]
-fn what_was_removed_before_the_mount_is_given_back_on_a_host_that_is_low() {
-    let host = SmallHost::new();
-    let mut volume = host.fixture.open();
-    let mut kept = Kept::default();
-    assert!((0..2000).all(|_| kept.add(&volume, 20_000)));
-    kept.remove_every_other(&volume);
-    // The second mount has nothing left to remove.
-    for _ in 0..2 {
-        volume.close().unwrap();
-        drop(volume);
-        volume = host.fixture.open();
-    }
-    host.fill(14 << 20);
-    host.in_time(|| host.free() > 24 << 20);
-    kept.check_closed(&host, volume);
-}
-
-#[test]
 fn what_statfs_calls_available_can_be_written() {
     let host = SmallHost::new();
     let volume = host.fixture.open();
