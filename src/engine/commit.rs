@@ -45,10 +45,35 @@ impl Batch {
         let delta = i128::from(after) - i128::from(before);
         self.blocks = self.blocks.saturating_add(i64::try_from(delta).unwrap_or(0));
     }
+
+    /// About what it takes in the log.
+    fn bytes(&self) -> u64 {
+        let bytes = |change: &Change| match change {
+            Change::Put(_, key, value) => key.len() + value.len(),
+            Change::Delete(_, key) => key.len(),
+            Change::DeleteRange(_, from, to) => from.len() + to.len(),
+        };
+        let sum: usize = self
+            .changes
+            .iter()
+            .map(|change| bytes(change) + CHANGE_BYTES)
+            .sum();
+        sum as u64
+    }
+
+    fn has_content(&self) -> bool {
+        let is_content = |change: &Change| matches!(change, Change::Put(Family::Content, ..));
+        self.changes.iter().any(is_content)
+    }
 }
 
 /// Appends of one batch: with what room there is, and with the ballast's.
 const APPENDS_MAX: usize = 2;
+/// What the log adds to the keys and the value of a change, at most, in bytes.
+const CHANGE_BYTES: usize = 24;
+/// A batch of so many bytes may be tried on a host that may have no room for it: what an append that fails half way leaves
+/// in the log is there until the database flushes again.
+const TRIED_BYTES_MAX: u64 = 64 << 10;
 
 struct Waiting {
     batch: Batch,
@@ -106,33 +131,49 @@ impl Committer {
             return outcome;
         }
         let group = std::mem::take(&mut *self.queue.lock());
-        let result = self.write(keys, &mut last, &group);
-        for waiting in group {
-            *waiting.outcome.lock() = Some(result.clone());
-        }
-        result
+        self.write_all(keys, &mut last, &group);
+        let own = outcome.lock().take();
+        own.unwrap_or(Err(Error::Poisoned))
     }
 
-    fn write(&self, keys: &DomainKeys, last: &mut Written, group: &[Waiting]) -> Result<Seq> {
+    /// Commits all batches in one; or, if there is no room for that, each by itself, so that a large one keeps none from
+    /// freeing space. What waits at the same time comes in no order.
+    fn write_all(&self, keys: &DomainKeys, last: &mut Written, group: &[Waiting]) {
+        let all: Vec<&Batch> = group.iter().map(|waiting| &waiting.batch).collect();
+        let together = self.write(keys, last, &all);
+        let is_no_room = together.as_ref().is_err_and(Error::is_no_room);
+        let mut waiting: Vec<&Waiting> = group.iter().collect();
+        waiting.sort_by_key(|waiting| waiting.batch.bytes());
+        for one in waiting {
+            let outcome = match is_no_room && group.len() > 1 {
+                true => self.write(keys, last, &[&one.batch]),
+                false => together.clone(),
+            };
+            *one.outcome.lock() = Some(outcome);
+        }
+    }
+
+    fn write(&self, keys: &DomainKeys, last: &mut Written, group: &[&Batch]) -> Result<Seq> {
         self.check()?;
         let mut root = RootRecord {
             commit_seq: last.root.commit_seq.saturating_add(1),
             durable_seq: self.durable.load(Ordering::Acquire),
             ..last.root
         };
-        for waiting in group {
-            root.inodes = root.inodes.saturating_add_signed(waiting.batch.inodes);
-            root.blocks = root.blocks.saturating_add_signed(waiting.batch.blocks);
+        for batch in group {
+            root.inodes = root.inodes.saturating_add_signed(batch.inodes);
+            root.blocks = root.blocks.saturating_add_signed(batch.blocks);
         }
         let key = rowkey::root(keys.domain());
         let row = keys.seal_row(Family::Meta, &key, &root.encode())?;
         let root_change = Change::Put(Family::Meta, key.clone(), row.clone());
         let changes = || {
-            let changes = group.iter().flat_map(|waiting| &waiting.batch.changes);
+            let changes = group.iter().flat_map(|batch| &batch.changes);
             changes.chain(std::iter::once(&root_change))
         };
         let next = Written { root, row };
-        self.append(last, &key, &next, || self.store.write(changes()))?;
+        let has_room = || self.has_room(group);
+        self.append(last, &key, &next, has_room, || self.store.write(changes()))?;
         *last = next;
         if changes().any(|change| !matches!(change, Change::Put(..))) {
             self.deletions.fetch_add(1, Ordering::Relaxed);
@@ -141,29 +182,53 @@ impl Committer {
         Ok(Seq(root.commit_seq))
     }
 
+    /// Whether batches may be tried. What is large must find room, and leave some for what frees space; so must content that
+    /// is to be stored in the ballast's room.
+    fn has_room(&self, group: &[&Batch]) -> Result<bool> {
+        let bytes: u64 = group.iter().map(|batch| batch.bytes()).sum();
+        let is_tight = self.store.mode() != Mode::Roomy;
+        match bytes > TRIED_BYTES_MAX || is_tight && group.iter().any(|batch| batch.has_content()) {
+            true => self.space.has_room_for_log(bytes),
+            false => Ok(true),
+        }
+    }
+
     /// Appends a batch by `write`, in the ballast's room if there is no other.
     fn append(
         &self,
         last: &Written,
         key: &[u8],
         next: &Written,
+        has_room: impl Fn() -> Result<bool>,
         write: impl Fn() -> Result<()>,
     ) -> Result<()> {
+        if !has_room()? {
+            return Err(Error::Posix(libc::ENOSPC));
+        }
         if self.store.mode() == Mode::ReadOnly {
             self.reopen(&[&last.row], key, Mode::Tight)?;
         }
         for _ in 0..APPENDS_MAX {
-            if self.store.mode() == Mode::ReadOnly {
-                break;
+            if self.store.mode() != Mode::ReadOnly {
+                match write() {
+                    Err(error) if error.is_no_room() => {
+                        tracing::warn!(%error, "there is no room for a commit")
+                    }
+                    outcome => return self.poison_on_error(outcome),
+                }
             }
-            match write() {
-                Err(error) if error.is_no_room() => tracing::warn!(%error, "there is no room for a commit"),
-                outcome => return self.poison_on_error(outcome),
+            // An append that failed took room, and so do others.
+            let goes_on = has_room().unwrap_or(false);
+            if goes_on {
+                self.space.give_up_ballast();
             }
-            self.space.give_up_ballast();
             if self.reopen(&[&next.row, &last.row], key, Mode::Tight)? == 0 {
-                // The last append got there all the same.
+                // The last append got there all the same, and is durable now, as all is that was committed before.
+                self.durable.fetch_max(next.root.commit_seq, Ordering::AcqRel);
                 return Ok(());
+            }
+            if !goes_on {
+                break;
             }
         }
         Err(Error::Posix(libc::ENOSPC))

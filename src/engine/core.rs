@@ -138,7 +138,7 @@ impl Core {
 
     /// Takes room on the host for `bytes`, and says how much there was.
     pub(crate) fn take_room(&self, bytes: usize) -> Result<Room> {
-        self.space.take(bytes, self.active.pending_bytes())
+        self.space.take(bytes as u64, self.active.pending_bytes())
     }
 
     /// Takes room for something new that is small.

@@ -8,10 +8,12 @@ use super::commit::Batch;
 use super::content::slot_offset;
 use super::core::Access;
 use super::error::{Error, Result};
-use super::format::chunk::{BLOCK, Block, CHUNK_BLOCKS, Chunk};
+use super::format::chunk::{BLOCK, Block, CHUNK, CHUNK_BLOCKS, Chunk};
+use super::format::inode::InodeRecord;
 use super::format::rowkey;
 use super::node::{Node, NodeState, slot_mask};
 use super::publish::{Publishing, delete_inline};
+use super::space::Room;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -117,6 +119,8 @@ impl Access<'_> {
         }
         let (run, file) = match chunk.run {
             Some(run) => (run, self.slot_file(node, state)?),
+            // A copy takes room before it gives any.
+            None if self.take_room(CHUNK)? != Room::Plenty => return Ok(None),
             None => self.allocate_run(node, state, index)?,
         };
         let taken = Some(run).filter(|_| chunk.run.is_none());
@@ -150,24 +154,23 @@ impl Access<'_> {
         if adopted.is_empty() {
             return Ok(());
         }
-        let mut batch = Batch::default();
         let added: Vec<_> = adopted.iter().filter_map(|copy| copy.taken).collect();
-        for copy in &adopted {
-            let old = self.published_chunk(node, state, copy.index)?;
-            delete_inline(&mut batch, node, copy.index, &old, &copy.chunk);
-            self.put_row(
-                &mut batch,
-                rowkey::chunk(node.ino, copy.index),
-                &copy.chunk.encode(),
-            )?;
-        }
-        self.put_bitmaps(node, state, &mut batch, &added, &[])?;
         let runs = added.len() as u64;
         let mut record = state.record_to_store();
         record.content.runs = record.content.runs.saturating_add(runs);
-        self.put_inode(&mut batch, node.ino, &record)?;
-
-        let seq = self.commit(batch)?;
+        let batch = self.adoption(node, state, &adopted, &added, &record);
+        let seq = match batch.and_then(|batch| self.commit(batch)) {
+            Ok(seq) => seq,
+            Err(error) => {
+                // Where there is no room nothing came to name them. After all else that is not known.
+                if error.is_no_room() {
+                    for run in added {
+                        self.return_run(node, state, run);
+                    }
+                }
+                return Err(error);
+            }
+        };
         state.published = record.content;
         state.record.content.runs = state.record.content.runs.saturating_add(runs);
         state.file.runs.committed(seq, &added, &[]);
@@ -178,5 +181,28 @@ impl Access<'_> {
             self.chunks.put(state.file.generation, index, Arc::new(chunk));
         }
         Ok(())
+    }
+    /// The batch that names the copies in place of what they are of.
+    fn adoption(
+        &self,
+        node: &Arc<Node>,
+        state: &mut NodeState,
+        adopted: &[Copied],
+        added: &[u64],
+        record: &InodeRecord,
+    ) -> Result<Batch> {
+        let mut batch = Batch::default();
+        for copy in adopted {
+            let old = self.published_chunk(node, state, copy.index)?;
+            delete_inline(&mut batch, node, copy.index, &old, &copy.chunk);
+            self.put_row(
+                &mut batch,
+                rowkey::chunk(node.ino, copy.index),
+                &copy.chunk.encode(),
+            )?;
+        }
+        self.put_bitmaps(node, state, &mut batch, added, &[])?;
+        self.put_inode(&mut batch, node.ino, record)?;
+        Ok(batch)
     }
 }

@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 const BLOCK_U64: u64 = BLOCK as u64;
 const CHUNK_U64: u64 = CHUNK as u64;
-/// Chunks reserved under one holding of the file's lock.
-const ALLOCATE_CHUNKS_MAX: u64 = 1024;
+/// Chunks reserved under one holding of the file's lock: 16 MiB, of which a full disk has to have all.
+const ALLOCATE_CHUNKS_MAX: u64 = 128;
 /// Bytes that copy_file_range copies at a time.
 const COPY_BYTES: usize = 1 << 20;
 

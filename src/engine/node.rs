@@ -44,6 +44,8 @@ pub(crate) struct FileState {
     pub(crate) active: bool,
     /// Whether this mount knows the slot file to be there.
     pub(crate) has_slot_file: bool,
+    /// How much the host had, in bytes, when the last publish found no room.
+    pub(crate) refused: Option<u64>,
     /// Whether a slot was written since the last fdatasync of the slot file.
     pub(crate) slots_dirty: bool,
     pub(crate) runs: Runs,
@@ -124,6 +126,7 @@ impl NodeState {
                 dirty: false,
                 active: false,
                 has_slot_file: record.content.runs > 0,
+                refused: None,
                 slots_dirty: false,
                 runs: Runs::default(),
                 busy: HashMap::new(),

@@ -64,6 +64,15 @@ impl Access<'_> {
         self.publish_pending(&Publishing::begin(node))
     }
 
+    /// The same for the timer: what found no room is tried again when there is more.
+    pub(crate) fn publish_if_it_may_fit(&self, node: &Arc<Node>, free: u64) -> Result<()> {
+        let refused = node.state.read().file.refused;
+        match refused.is_some_and(|had| free <= had) {
+            true => Ok(()),
+            false => self.publish(node),
+        }
+    }
+
     /// The same, for a caller that goes on publishing.
     pub(crate) fn publish_pending(&self, right: &Publishing<'_>) -> Result<()> {
         let node = right.node;
@@ -233,8 +242,12 @@ impl Access<'_> {
     }
 
     fn complete(&self, node: &Arc<Node>, state: &mut NodeState, frozen: Frozen, cut: Cut) -> Result<()> {
-        self.commit_frozen(node, state, frozen, cut)
-            .inspect_err(|_| state.file.dirty = true)
+        let outcome = self.commit_frozen(node, state, frozen, cut);
+        state.file.refused = match &outcome {
+            Err(error) if error.is_no_room() => self.space.free().ok(),
+            _ => None,
+        };
+        outcome.inspect_err(|_| state.file.dirty = true)
     }
 
     fn commit_frozen(&self, node: &Arc<Node>, state: &mut NodeState, frozen: Frozen, cut: Cut) -> Result<()> {

@@ -22,6 +22,8 @@ const BALLAST_BYTES_MIN: u64 = 8 << 20;
 /// A log and its memtables take half the margin at most, and no more than these.
 const WRITE_BUFFER_BYTES_MAX: u64 = 32 << 20;
 const LOG_BYTES_MAX: u64 = 256 << 20;
+/// How often a ballast that could not be reserved is not tried: about a minute, at once a second.
+const RESTORE_PAUSES: u32 = 60;
 /// Bytes that are taken in before the host is asked again how much it has.
 const CREDIT_BYTES_MAX: i64 = 64 << 20;
 
@@ -79,8 +81,14 @@ pub(crate) struct Space {
     /// Bytes that may still be taken in before the host is asked again.
     credit: AtomicI64,
     room: AtomicU8,
-    /// Whether the ballast is there. Held while that changes.
-    ballast: Mutex<bool, rank::Ballast>,
+    ballast: Mutex<Ballast, rank::Ballast>,
+}
+
+/// Held while it changes.
+struct Ballast {
+    is_there: bool,
+    /// How often it is not to be taken again though there is plenty: the last attempt failed.
+    pauses: u32,
 }
 
 impl Space {
@@ -93,15 +101,16 @@ impl Space {
             limits,
             credit: AtomicI64::new(0),
             room: AtomicU8::new(Room::Plenty as u8),
-            ballast: Mutex::new(is_there),
+            ballast: Mutex::new(Ballast { is_there, pauses: 0 }),
         }
     }
 
-    /// Takes `bytes` of the room there is, and says how much that was; `pending` were taken before and are not stored yet.
-    pub(crate) fn take(&self, bytes: usize, pending: u64) -> Result<Room> {
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        if self.credit.fetch_sub(bytes, Ordering::Relaxed) < bytes {
-            self.look(pending)?;
+    /// Takes `bytes` of the room there is, and says for what there was enough; `pending` were taken before and are not stored
+    /// yet.
+    pub(crate) fn take(&self, bytes: u64, pending: u64) -> Result<Room> {
+        let wanted = i64::try_from(bytes).unwrap_or(i64::MAX);
+        if self.credit.fetch_sub(wanted, Ordering::Relaxed) < wanted {
+            return self.look_for(bytes, pending);
         }
         Ok(self.room())
     }
@@ -117,19 +126,33 @@ impl Space {
 
     /// Asks the host how much it has, `pending` bytes of which are taken.
     pub(crate) fn look(&self, pending: u64) -> Result<Room> {
+        self.look_for(1, pending)
+    }
+
+    /// The same for `bytes` more, which are taken if there is plenty.
+    fn look_for(&self, bytes: u64, pending: u64) -> Result<Room> {
         let free = self.free()?;
         let above = self.usable(free).saturating_sub(pending);
-        let room = match free {
-            _ if above > 0 => Room::Plenty,
-            _ if free >= self.missing_ballast() => Room::Low,
-            _ => Room::Reserve,
+        let is_low = free >= self.missing_ballast();
+        let room_for = |bytes: u64| match is_low {
+            _ if above >= bytes => Room::Plenty,
+            // New versions may have their place reserved. If not, the log finds room for them or refuses them.
+            true => Room::Low,
+            false => Room::Reserve,
         };
         // Half of what is left, since others take from it as well.
-        let credit = i64::try_from(above / 2).unwrap_or(i64::MAX).min(CREDIT_BYTES_MAX);
+        let room = room_for(bytes);
+        let left = if room == Room::Plenty {
+            above - bytes
+        } else {
+            above
+        };
+        let credit = i64::try_from(left / 2).unwrap_or(i64::MAX).min(CREDIT_BYTES_MAX);
         self.credit.store(credit, Ordering::Relaxed);
-        if self.room.swap(room as u8, Ordering::Relaxed) != room as u8 {
+        let now = room_for(1);
+        if self.room.swap(now as u8, Ordering::Relaxed) != now as u8 {
             tracing::info!(
-                ?room,
+                room = ?now,
                 free,
                 margin = self.limits.margin,
                 "the host's room has changed"
@@ -150,9 +173,16 @@ impl Space {
             .saturating_sub(self.missing_ballast())
     }
 
+    /// Whether the log may take `bytes` of what there is, the ballast included: half as much as that is left for what frees
+    /// space.
+    pub(crate) fn has_room_for_log(&self, bytes: u64) -> Result<bool> {
+        let ballast = self.limits.ballast.saturating_sub(self.missing_ballast());
+        Ok(self.free()?.saturating_add(ballast) >= bytes.saturating_add(self.limits.ballast / 2))
+    }
+
     /// Bytes that the ballast is to take again.
     fn missing_ballast(&self) -> u64 {
-        match *self.ballast.lock() {
+        match self.ballast.lock().is_there {
             true => 0,
             false => self.limits.ballast,
         }
@@ -160,8 +190,8 @@ impl Space {
 
     /// Gives the ballast's space to whoever needs it. The database goes on in that.
     pub(crate) fn give_up_ballast(&self) {
-        let mut is_there = self.ballast.lock();
-        if !std::mem::take(&mut *is_there) {
+        let mut ballast = self.ballast.lock();
+        if !std::mem::take(&mut ballast.is_there) {
             return;
         }
         match std::fs::remove_file(self.dir.join(BALLAST)) {
@@ -172,8 +202,12 @@ impl Space {
 
     /// Takes the ballast's space if there is plenty besides. A host that cannot reserve space goes without.
     pub(crate) fn restore_ballast(&self) -> Result<()> {
-        let mut is_there = self.ballast.lock();
-        if *is_there || self.free()? < self.limits.margin.saturating_add(self.limits.ballast) {
+        let mut ballast = self.ballast.lock();
+        if ballast.is_there || self.free()? < self.limits.margin.saturating_add(self.limits.ballast) {
+            return Ok(());
+        }
+        if ballast.pauses > 0 {
+            ballast.pauses -= 1;
             return Ok(());
         }
         let path = self.dir.join(BALLAST);
@@ -184,15 +218,16 @@ impl Space {
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
                 tracing::info!("the host cannot reserve space: the volume has no ballast");
                 // An empty file says that it was tried.
-                *is_there = true;
+                ballast.is_there = true;
                 Ok(())
             }
             Err(errno) => {
                 let _gone = std::fs::remove_file(&path);
+                ballast.pauses = RESTORE_PAUSES;
                 Err(Error::io("reserve the ballast", &errno.into()))
             }
             Ok(()) => {
-                *is_there = true;
+                ballast.is_there = true;
                 Ok(())
             }
         }
@@ -207,6 +242,50 @@ fn available(host: &StatVfs) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_more_than_there_is_above_the_margin_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let free = || available(&rustix::fs::statvfs(dir.path()).unwrap());
+        // Others use this host as well.
+        const SLACK: u64 = 1 << 30;
+        let limits = Limits {
+            margin: free() - 2 * SLACK,
+            ballast: 0,
+        };
+        let space = Space::new(dir.path(), limits);
+        assert_eq!(space.take(4 * SLACK, 0), Ok(Room::Low));
+        assert_eq!(space.take(4096, 0), Ok(Room::Plenty));
+        assert_eq!(space.take(4 * SLACK, 0), Ok(Room::Low));
+        assert_eq!(space.take(SLACK, 2 * SLACK), Ok(Room::Low));
+        assert_eq!(space.room(), Room::Low);
+        // What is taken is not there for the next.
+        let limits = Limits {
+            margin: free() - (4 << 20),
+            ballast: 0,
+        };
+        let space = Space::new(dir.path(), limits);
+        space.take(3 << 20, 0).unwrap();
+        assert!(space.credit.load(Ordering::Relaxed) <= 1 << 20);
+    }
+
+    #[test]
+    fn a_ballast_that_cannot_be_reserved_is_not_tried_at_once_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits {
+            margin: 0,
+            ballast: 8192,
+        };
+        let space = Space::new(dir.path(), limits);
+        let path = dir.path().join(BALLAST);
+        std::fs::create_dir(&path).unwrap();
+        assert!(space.restore_ballast().is_err());
+        std::fs::remove_dir(&path).unwrap();
+        for _ in 0..RESTORE_PAUSES {
+            assert!(space.restore_ballast().is_ok() && !path.exists());
+        }
+        assert!(space.restore_ballast().is_ok() && path.exists());
+    }
 
     #[test]
     fn the_margin_holds_the_log_and_twice_the_memtables() {

@@ -4,14 +4,17 @@ use super::error::{Error, Result};
 use super::format::rowkey::Family;
 use super::slots::sync_dir;
 use super::sync::{RwLock, rank};
+use rocksdb::properties::{ACTUAL_DELAYED_WRITE_RATE, BACKGROUND_ERRORS};
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
-    CompactOptions, DB, DBCompressionType, DBRecoveryMode, Direction, IteratorMode, Options, ReadOptions,
-    WriteBatch, WriteBufferManager, WriteOptions,
+    CompactOptions, DB, DBCompressionType, DBRecoveryMode, Direction, ErrorKind, IteratorMode, Options,
+    ReadOptions, WriteBatch, WriteBufferManager, WriteOptions,
 };
 use std::ffi::CStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 const META: &str = "meta";
 const CONTENT: &str = "content";
@@ -30,6 +33,16 @@ const GARBAGE_BYTES_MIN: u64 = 1 << 20;
 const GARBAGE_AGE_CUTOFF: f64 = 0.25;
 /// How RocksDB calls a sync that it did not try because a write to the file had failed.
 const PREVIOUS_ERROR: &str = "previous error";
+/// How it calls syncs that failed (env/io_posix.cc).
+const FAILED_SYNCS: [&str; 4] = [
+    "While fdatasync",
+    "While fsync",
+    "While msync",
+    "While sync_file_range",
+];
+
+/// How long a batch waits at least that RocksDB does not take at present.
+const STALL_MIN: Duration = Duration::from_millis(1);
 
 /// A table file with this many deletions among so many neighbouring rows is compacted.
 const DELETIONS_MIN: usize = 2048;
@@ -80,6 +93,11 @@ pub(crate) struct Store {
     sizes: Sizes,
     /// Held for reading within each call alone; `None` if it could not be opened again.
     open: RwLock<Option<Open>, rank::Store>,
+    /// What the last batch took, in bytes.
+    written: AtomicU64,
+    /// Whether a sync of the log has failed, which no later one makes good. Set with `open` held, so that nobody comes
+    /// between.
+    has_lost: AtomicBool,
 }
 
 impl Store {
@@ -117,6 +135,8 @@ impl Store {
             dir: dir.to_path_buf(),
             sizes,
             open: RwLock::new(Some(open)),
+            written: AtomicU64::new(0),
+            has_lost: AtomicBool::new(false),
         }
     }
 
@@ -129,7 +149,12 @@ impl Store {
         let mut place = self.open.write();
         // RocksDB's threads end with it.
         *place = None;
-        let synced = sync_logs(&self.dir);
+        let synced = match self.has_lost.load(Ordering::Acquire) {
+            // The kernel told of that once, and may call what it could not write clean: another sync of it means nothing.
+            true => Err(Error::Poisoned),
+            false => sync_logs(&self.dir),
+        };
+        self.has_lost.store(synced.is_err(), Ordering::Release);
         let opened = open_with_room(&self.dir, self.sizes, mode)?;
         tracing::info!(mode = ?opened.mode, "opened the database again");
         *place = Some(opened);
@@ -144,10 +169,7 @@ impl Store {
     fn with_db<T>(&self, work: impl FnOnce(&DB) -> Result<T>) -> Result<T> {
         match &*self.open.read() {
             Some(open) => work(&open.db),
-            None => Err(Error::Storage {
-                errno: libc::EIO,
-                message: "the database could not be opened again".to_owned(),
-            }),
+            None => Err(not_open()),
         }
     }
 
@@ -199,11 +221,20 @@ impl Store {
         }
     }
 
-    /// Appends one batch to the log and applies it; not yet durable.
+    /// Appends one batch to the log and applies it; not yet durable. Waits as long as RocksDB's background is behind.
     ///
     /// # Errors
     /// With ENOSPC it may be there all the same, and nothing more is taken until the database has been opened again.
-    pub(crate) fn write<'a>(&self, changes: impl Iterator<Item = &'a Change>) -> Result<()> {
+    pub(crate) fn write<'a>(&self, changes: impl Iterator<Item = &'a Change> + Clone) -> Result<()> {
+        // RocksDB's own wait has no end on a full host, and would keep the database from being opened again.
+        while !self.try_write(changes.clone())? {
+            std::thread::sleep(self.stall());
+        }
+        Ok(())
+    }
+
+    /// False if RocksDB takes nothing at present.
+    fn try_write<'a>(&self, changes: impl Iterator<Item = &'a Change>) -> Result<bool> {
         self.with_db(|db| {
             let mut batch = WriteBatch::default();
             for change in changes {
@@ -215,18 +246,54 @@ impl Store {
                     }
                 }
             }
-            db.write_opt(batch, &WriteOptions::default())
-                .map_err(|error| failed("log append", &error))
+            let bytes = batch.size_in_bytes() as u64;
+            let mut options = WriteOptions::default();
+            options.set_no_slowdown(true);
+            match db.write_opt(batch, &options) {
+                Ok(()) => {
+                    self.written.store(bytes, Ordering::Relaxed);
+                    Ok(true)
+                }
+                // Whatever is behind because it found no room stays behind.
+                Err(error) if error.kind() == ErrorKind::Incomplete => {
+                    match property(db, BACKGROUND_ERRORS) {
+                        0 => Ok(false),
+                        _ => Err(Error::Posix(libc::ENOSPC)),
+                    }
+                }
+                Err(error) => Err(log_failed("log append", &error)),
+            }
         })
+    }
+
+    /// How long to wait for the background. Where it does not stop writes but delays them, each attempt is charged what the
+    /// last batch takes at the rate that it allows, whether it succeeds or not (WriteController::GetDelay).
+    fn stall(&self) -> Duration {
+        let rate = self.with_db(|db| Ok(property(db, ACTUAL_DELAYED_WRITE_RATE)));
+        let charged = self.written.load(Ordering::Relaxed).saturating_mul(2_000_000);
+        let micros = charged.checked_div(rate.unwrap_or_default()).unwrap_or_default();
+        STALL_MIN + Duration::from_micros(micros)
     }
 
     /// Makes every batch written before the call durable.
     pub(crate) fn sync_log(&self) -> std::result::Result<(), SyncError> {
-        let synced = self.with_db(|db| Ok(db.flush_wal(true)));
-        match synced.map_err(SyncError::Failed)? {
-            Err(error) if error.as_ref().contains(PREVIOUS_ERROR) => Err(SyncError::AppendFailed),
-            outcome => outcome.map_err(|error| SyncError::Failed(failed("log sync", &error))),
+        let open = self.open.read();
+        if self.has_lost.load(Ordering::Acquire) {
+            return Err(SyncError::Failed(Error::Poisoned));
         }
+        let synced = match &*open {
+            // Opening it made everything durable, and nothing was written since.
+            Some(open) if open.mode == Mode::ReadOnly => return Ok(()),
+            Some(open) => open.db.flush_wal(true),
+            None => return Err(SyncError::Failed(not_open())),
+        };
+        synced.map_err(|error| {
+            if error.as_ref().contains(PREVIOUS_ERROR) {
+                return SyncError::AppendFailed;
+            }
+            self.has_lost.store(true, Ordering::Release);
+            SyncError::Failed(log_failed("log sync", &error))
+        })
     }
 
     /// Moves everything from the log into table files, durably: an orderly stop leaves no log to lose. On a full host the log
@@ -238,7 +305,7 @@ impl Store {
         self.with_db(|db| {
             for family in [Family::Meta, Family::Content] {
                 db.flush_cf(column(db, family)?)
-                    .map_err(|error| failed("flush", &error))?;
+                    .map_err(|error| log_failed("flush", &error))?;
             }
             Ok(())
         })
@@ -392,6 +459,18 @@ impl Iterator for Rows<'_> {
     }
 }
 
+/// A number that RocksDB has for the whole database; 0 if it does not tell.
+fn property(db: &DB, name: &rocksdb::properties::PropName) -> u64 {
+    db.property_int_value(name).ok().flatten().unwrap_or_default()
+}
+
+fn not_open() -> Error {
+    Error::Storage {
+        errno: libc::EIO,
+        message: "the database could not be opened again".to_owned(),
+    }
+}
+
 fn column(db: &DB, family: Family) -> Result<&ColumnFamily> {
     let name = match family {
         Family::Meta => META,
@@ -442,7 +521,8 @@ fn sync_logs(dir: &Path) -> Result<()> {
 fn describe(sizes: Sizes, mode: Mode, create: bool) -> Result<(Options, [ColumnFamilyDescriptor; 2])> {
     // Each log says where the one before it ends: of logs that are not synced yet the kernel may lose an older one's pages
     // and keep a younger one's, which must not be replayed then.
-    let mut settings = "track_and_verify_wals=true".to_owned();
+    // A batch that is delayed is charged twice, so the rate is twice the usual one.
+    let mut settings = "track_and_verify_wals=true;delayed_write_rate=33554432".to_owned();
     if mode == Mode::Tight {
         // Blocks that are allocated ahead would be missing for what needs them now.
         settings += ";avoid_flush_during_recovery=true;allow_fallocate=false";
@@ -507,15 +587,145 @@ fn family_options(cache: &Cache, sizes: Sizes, mode: Mode, blob_bytes_min: Optio
 }
 
 fn failed(what: &str, error: &rocksdb::Error) -> Error {
+    failed_with(what, error, errno_of)
+}
+
+/// What failed while the log was written or synced, here or by one of RocksDB's threads before: that latches the error, and
+/// answers the next append with it.
+fn log_failed(what: &str, error: &rocksdb::Error) -> Error {
+    failed_with(what, error, log_errno_of)
+}
+
+fn failed_with(what: &str, error: &rocksdb::Error, errno_of: impl Fn(&str) -> i32) -> Error {
     let message = format!("{what}: {error}");
     if error.kind() == rocksdb::ErrorKind::Corruption {
         return Error::Corrupt { what: message };
     }
-    // RocksDB reports a full disk as an I/O error whose text carries strerror(3)'s words.
-    let errno = match &message {
+    let errno = errno_of(error.as_ref());
+    Error::Storage { errno, message }
+}
+
+/// RocksDB reports a full disk as an I/O error whose text carries strerror(3)'s words.
+fn errno_of(text: &str) -> i32 {
+    match text {
         full if full.contains("No space left") => libc::ENOSPC,
         full if full.contains("Disk quota exceeded") => libc::EDQUOT,
         _ => libc::EIO,
-    };
-    Error::Storage { errno, message }
+    }
+}
+
+/// The same for the log. Whatever kept a sync from storing pages, they may be gone: there is no trying again (rule R6).
+fn log_errno_of(text: &str) -> i32 {
+    match FAILED_SYNCS.iter().any(|sync| text.contains(sync)) {
+        true => libc::EIO,
+        false => errno_of(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sizes() -> Sizes {
+        Sizes {
+            cache_bytes: 8 << 20,
+            write_buffer_bytes: 1 << 20,
+            log_bytes_max: 64 << 20,
+        }
+    }
+
+    #[test]
+    fn a_sync_that_found_no_room_is_no_append_without_room() {
+        for (why, errno) in [
+            ("No space left on device", libc::ENOSPC),
+            ("Disk quota exceeded", libc::EDQUOT),
+        ] {
+            let error = |what: &str| format!("IO error: {why}: While {what}: /v/meta/000012.log: {why}");
+            for sync in ["fdatasync", "fsync", "sync_file_range returned -1"] {
+                assert_eq!(log_errno_of(&error(sync)), libc::EIO);
+            }
+            assert_eq!(log_errno_of(&error("appending to file")), errno);
+        }
+    }
+
+    /// A host of its own with room for `bytes`, until it is dropped.
+    struct Host(tempfile::TempDir);
+
+    impl Host {
+        fn new(bytes: u64) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("none", dir.path(), "tmpfs", flags, Some(size.as_c_str())).unwrap();
+            Self(dir)
+        }
+    }
+
+    impl Drop for Host {
+        fn drop(&mut self) {
+            rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_batch_waits_for_no_flush_that_found_no_room() {
+        // Memtables fill faster than they are stored; the store of the first ends without room while batches wait for it.
+        for round in 0..3 {
+            let host = Host::new((20 + round) << 20);
+            let store = Store::create(&host.0.path().join("meta"), sizes()).unwrap();
+            let batch = |number: u64| {
+                let row = |row: u64| {
+                    let key = [number.to_be_bytes(), row.to_be_bytes()].concat();
+                    Change::Put(Family::Meta, key, vec![1; 1000])
+                };
+                (0..3000).map(row).collect::<Vec<_>>()
+            };
+            let (end, ended) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let failed = (0..100).find_map(|number| store.write(batch(number).iter()).err());
+                drop(store);
+                end.send(failed).unwrap();
+            });
+            let failed = ended.recv_timeout(Duration::from_secs(60)).unwrap();
+            assert!(failed.unwrap().is_no_room());
+        }
+    }
+
+    #[test]
+    fn batches_that_rocksdb_delays_or_stops_are_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(&dir.path().join("meta"), sizes()).unwrap();
+        let triggers = [
+            ("level0_file_num_compaction_trigger", "100"),
+            ("level0_slowdown_writes_trigger", "2"),
+        ];
+        let set = store.with_db(|db| Ok(db.set_options_cf(column(db, Family::Meta)?, &triggers)));
+        set.unwrap().unwrap();
+        for number in 0..2000_u64 {
+            let key = number.to_be_bytes().to_vec();
+            let row = Change::Put(Family::Meta, key, vec![1; 10_000]);
+            store.write(std::iter::once(&row)).unwrap();
+        }
+        assert!(
+            store
+                .with_db(|db| Ok(property(db, ACTUAL_DELAYED_WRITE_RATE)))
+                .unwrap()
+                > 0
+        );
+    }
+
+    #[test]
+    fn a_log_that_a_sync_failed_for_is_not_durable_for_being_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(&dir.path().join("meta"), sizes()).unwrap();
+        for mode in [Mode::Tight, Mode::ReadOnly] {
+            store.reopen(mode).unwrap();
+            assert!(store.sync_log().is_ok());
+        }
+        store.has_lost.store(true, Ordering::Release);
+        assert_eq!(store.reopen(Mode::Tight), Err(Error::Poisoned));
+        assert!(matches!(store.sync_log(), Err(SyncError::Failed(_))));
+        // What is there can be read.
+        assert_eq!(store.get(Family::Meta, b"key"), Ok(None));
+    }
 }

@@ -7,6 +7,7 @@ use super::core::{Access, Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
 use super::keyservice::{KeyError, Renewal};
+use super::node::Node;
 use super::open::Opened;
 use super::seal;
 use super::space::Room;
@@ -210,7 +211,8 @@ impl Core {
         let mut outcome = self.relieve();
         outcome = outcome.and(self.reclaim_all());
         if publish {
-            outcome = outcome.and(self.publish_all());
+            let free = self.space.free()?;
+            outcome = outcome.and(self.publish_each(|access, node| access.publish_if_it_may_fit(node, free)));
             outcome = outcome.and(self.drain()?.remove_slot_files());
         }
         outcome.and(self.for_active(|access, node| {
@@ -224,7 +226,9 @@ impl Core {
     /// Looks how much room the host has, and makes the best of it.
     fn relieve(&self) -> Result<()> {
         self.committer.relieve()?;
-        self.space.restore_ballast()?;
+        if let Err(error) = self.space.restore_ballast() {
+            tracing::warn!(%error, "the ballast is not there again");
+        }
         if self.space.look(self.active.pending_bytes())? != Room::Plenty {
             self.is_compaction_due.store(true, Ordering::Release);
         }
@@ -237,18 +241,23 @@ impl Core {
     /// Publishes every file, makes the log durable, and notes how far it reached. While going dark, for as long as there is
     /// time.
     pub(crate) fn publish_all(&self) -> Result<()> {
-        let outcome = self.for_active(|access, node| access.publish(node));
+        self.publish_each(|access, node| access.publish(node))
+    }
+
+    fn publish_each(&self, publish: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
+        let mut outcome = self.for_active(publish);
         self.committer.sync_to(self.committer.committed())?;
         let access = self.drain()?;
-        seal::advance(&self.dir, access.keys(), self.committer.durable(), &self.sealed)?;
+        match seal::advance(&self.dir, access.keys(), self.committer.durable(), &self.sealed) {
+            // It says less than it might; what it vouches for is in the log.
+            Err(error) if error.is_no_room() => tracing::warn!(%error, "the seal file stays behind"),
+            sealed => outcome = outcome.and(sealed),
+        }
         outcome
     }
 
     /// Does something with each active file. One that fails does not keep the others from it.
-    pub(crate) fn for_active(
-        &self,
-        work: impl Fn(&Access<'_>, &Arc<super::node::Node>) -> Result<()>,
-    ) -> Result<()> {
+    pub(crate) fn for_active(&self, work: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
         let mut outcome = Ok(());
         for ino in self.active.inodes() {
             // No node is held without access: after a revocation there are others.

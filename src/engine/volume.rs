@@ -484,7 +484,9 @@ impl Volume {
         let root = self.core.committer.root();
         let bytes = |count: u64| count.saturating_mul(host.f_frsize);
         let in_blocks = |bytes: u64| bytes / u64::from(StatFs::BLOCK_BYTES);
-        let usable = |count: u64| in_blocks(self.core.space.usable(bytes(count)));
+        // What is in memory alone will take its room.
+        let pending = self.core.active.pending_bytes();
+        let usable = |count: u64| in_blocks(self.core.space.usable(bytes(count)).saturating_sub(pending));
         // Every file needs a record of a few hundred bytes, no inode of the host's.
         let files_free = usable(host.f_bavail).saturating_mul(4);
         Ok(StatFs {
@@ -511,20 +513,32 @@ impl Core {
         if self.keyring.state() != KeyState::Live {
             return self.committer.sync_to(self.committer.committed());
         }
+        // Everything is stored with the first; the rest is order, which on a full host waits for another mount.
         let mut outcome = self.publish_all();
         let drained = self.for_active(|access, node| {
             access.settle(node)?;
             access.drain_file(node)
         });
-        outcome = outcome.and(drained);
-        outcome = outcome.and(self.reclaim_all());
+        outcome = outcome.and(unless_full("draining", drained));
+        outcome = outcome.and(unless_full("reclaiming", self.reclaim_all()));
         // Twice: what becomes durable in the first round lets slot files and runs go, which the second records.
         for _ in 0..2 {
             outcome = outcome.and(self.publish_all());
-            outcome = outcome.and(self.drain()?.remove_slot_files());
+            outcome = outcome.and(unless_full("reclaiming", self.drain()?.remove_slot_files()));
             outcome = outcome.and(self.for_active(|access, node| access.settle(node).map(|_| ())));
         }
-        self.store.flush()?;
-        outcome
+        // The log stays, and is durable.
+        outcome.and(unless_full("a flush", self.store.flush()))
+    }
+}
+
+/// What may be left for want of room.
+fn unless_full(what: &str, outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(error) if error.is_no_room() => {
+            tracing::warn!(%error, "there is no room for {what}");
+            Ok(())
+        }
+        outcome => outcome,
     }
 }

@@ -6,6 +6,7 @@ use rustix::mount::UnmountFlags;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -49,14 +50,18 @@ impl SmallHost {
             .unwrap();
         let mut piece = vec![1; 1 << 20];
         while !piece.is_empty() {
-            let host = rustix::fs::statvfs(self.fixture.dir()).unwrap();
-            let is_left = left > 0 && host.f_bavail * host.f_frsize <= left + piece.len() as u64;
+            let is_left = left > 0 && self.free() <= left + piece.len() as u64;
             if is_left || file.write_all(&piece).is_err() {
                 piece.truncate(piece.len() / 2);
             }
         }
         // What ext4 promised without a block for it.
         let _full = file.sync_all();
+    }
+
+    fn free(&self) -> u64 {
+        let host = rustix::fs::statvfs(self.fixture.dir()).unwrap();
+        host.f_bavail * host.f_frsize
     }
 
     /// Lets the background do what is due, until `holds`.
@@ -215,9 +220,23 @@ fn what_was_synced_on_a_full_host_survives_a_crash() {
     kept.fill(&volume, &[SMALL]);
     kept.remove_every_other(&volume);
     volume.fsync(Ino::ROOT).unwrap();
-    // As long as the host is full, and the clock stands still, the background changes nothing.
-    let copy = host.fixture.scratch.path().join("copy");
-    copy_dir(&host.fixture.dir(), &copy);
+    // As long as the host is full, and the clock stands still, nothing changes but what RocksDB does for itself.
+    let meta = host.fixture.dir().join("meta");
+    let files = || {
+        let files = crate::support::files_below(&meta).into_iter();
+        let sizes = files.map(|file| std::fs::metadata(&file).map(|file| file.len()).ok());
+        sizes.zip(crate::support::files_below(&meta)).collect::<Vec<_>>()
+    };
+    let mut copies = 0;
+    let copy = loop {
+        let before = files();
+        let copy = host.fixture.scratch.path().join(format!("copy {copies}"));
+        let copied = std::panic::catch_unwind(|| copy_dir(&host.fixture.dir(), &copy));
+        copies += 1;
+        if copied.is_ok() && files() == before {
+            break copy;
+        }
+    };
     std::fs::remove_file(host.filling()).unwrap();
     let copied = host.fixture.try_open_at(&copy).unwrap();
     kept.check(&copied);
@@ -292,4 +311,107 @@ fn a_read_only_mount_of_a_full_host_takes_nothing_away() {
     let volume = host.fixture.open();
     kept.check(&volume);
     assert!(host.fixture.dir().join("ballast").exists());
+}
+
+#[test]
+fn overwrites_that_find_no_room_keep_nothing_from_being_removed() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..2000).all(|_| kept.add(&volume, 500)));
+    let bytes = noise(7, 20 << 20);
+    let large = volume.make(Ino::ROOT, b"large", &FILE).unwrap().ino;
+    volume.write_back(large, 0, &bytes).unwrap();
+    volume.fsync(large).unwrap();
+    // A block of each chunk stays as it is: what is written over the others goes inline.
+    let next = noise(8, 124 << 10);
+    for chunk in 0..bytes.len() as u64 / (128 << 10) {
+        volume.write_back(large, chunk << 17, &next).unwrap();
+    }
+    host.fill(0);
+    for _ in 0..5 {
+        assert!(is_full(&volume.fsync(large)));
+        // The background tries as well.
+        host.fixture.clock.advance(Duration::from_secs(10));
+    }
+    assert!(volume.status().pending_bytes > 18 << 20);
+    kept.remove_every_other(&volume);
+    kept.remove_every_other(&volume);
+    volume.unlink(Ino::ROOT, b"large").unwrap();
+    volume.fsync(Ino::ROOT).unwrap();
+    volume.forget(large, 1);
+    host.in_time(|| host.free() > 16 << 20);
+    assert!(!volume.status().failed);
+    kept.check_closed(&host, volume);
+}
+
+#[test]
+fn a_volume_closes_on_a_full_host() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let mut kept = Kept::default();
+    assert!((0..200).all(|_| kept.add(&volume, SMALL) && kept.add(&volume, 100_000)));
+    host.fill(0);
+    kept.check_closed(&host, volume);
+}
+
+#[test]
+fn what_statfs_calls_available_can_be_written() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    let available = || volume.statfs().unwrap().blocks_available * 4096;
+    let ino = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    // What is in memory alone counts as written.
+    let before = available();
+    let small: Vec<_> = (0..300).map(|number| format!("small {number}")).collect();
+    for name in &small {
+        let ino = volume.make(Ino::ROOT, name.as_bytes(), &FILE).unwrap().ino;
+        volume.write_back(ino, 0, &noise(1, 30_000)).unwrap();
+    }
+    assert!(available() + (8 << 20) < before, "{before} {}", available());
+    let promised = available();
+    let piece = noise(2, 128 << 10);
+    // Records of chunks, the log and the tables take a share that nobody knows before.
+    for at in (0..promised - promised / 16).step_by(piece.len()) {
+        volume.write_back(ino, at, &piece).unwrap();
+        if at % (8 << 20) == 0 {
+            volume.fsync(ino).unwrap();
+        }
+    }
+    volume.fsync(ino).unwrap();
+    let left = available();
+    assert!(left < promised / 8, "{promised} {left}");
+}
+
+#[test]
+fn what_is_inline_stays_there_on_a_host_that_is_low() {
+    let host = SmallHost::new();
+    let volume = host.fixture.open();
+    // Beginnings that are inline, of files that have become large.
+    let inodes: Vec<_> = (0..100)
+        .map(|number| {
+            let name = format!("file {number}");
+            let ino = volume.make(Ino::ROOT, name.as_bytes(), &FILE).unwrap().ino;
+            volume.write_back(ino, 0, &noise(number, 20_000)).unwrap();
+            volume.write_back(ino, 1 << 20, &noise(number, 4096)).unwrap();
+            volume.fsync(ino).unwrap();
+            ino
+        })
+        .collect();
+    let taken = || {
+        let files = crate::support::files_below(&host.fixture.dir().join("data"));
+        let blocks = |file: &PathBuf| std::fs::metadata(file).unwrap().blocks();
+        files.iter().map(blocks).sum::<u64>()
+    };
+    let before = taken();
+    host.fill(12 << 20);
+    for _ in 0..3 {
+        // A round of the background shows by what it made durable.
+        volume.write_back(inodes[0], 1 << 20, &noise(9, 4096)).unwrap();
+        let seq = volume.status().durable_seq;
+        host.in_time(|| volume.status().durable_seq > seq);
+    }
+    assert_eq!(taken(), before);
+    std::fs::remove_file(host.filling()).unwrap();
+    host.in_time(|| taken() >= before + 100 * 32);
 }

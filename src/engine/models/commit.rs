@@ -224,3 +224,56 @@ fn a_log_without_room_costs_no_commit_and_no_sync() {
         assert_eq!(world.reserved.lock().unwrap().len(), usize::from(COMMITS) + 1);
     });
 }
+
+#[test]
+fn a_log_that_has_no_room_and_fails_makes_nothing_durable() {
+    explore(5000, || {
+        let mut disk = Disk::default();
+        disk.good = Some(thread_rng().gen_range(0..9));
+        disk.room = Some(thread_rng().gen_range(0..9));
+        let world = run(disk);
+        world.check_log();
+        let has_failed = world.store.disk().good.is_none();
+        assert_eq!(world.is_poisoned(), has_failed);
+    });
+}
+
+#[test]
+fn what_a_large_batch_finds_no_room_for_keeps_no_other_from_being_committed() {
+    explore(5000, || {
+        // The host has no room at all; what is small is tried all the same.
+        let world = World::new(Disk::default());
+        let small = |number: u8| -> Box<dyn FnOnce() + Send> {
+            let world = Arc::clone(&world);
+            Box::new(move || {
+                let seq = world.commit(vec![number]).unwrap();
+                world.sync_to(seq).unwrap();
+            })
+        };
+        let large = Arc::clone(&world);
+        let large = move || {
+            let mut batch = Batch::default();
+            batch.put(Family::Content, vec![9], vec![1; 100 << 10]);
+            let outcome = large.committer.commit(&large.keys, batch);
+            assert_eq!(outcome, Err(Error::Posix(libc::ENOSPC)));
+        };
+        together([small(0), Box::new(large), small(1), small(2)]);
+        world.check_log();
+        assert_eq!(world.answered.lock().unwrap().len(), 3);
+        assert!(!world.is_poisoned());
+    });
+}
+
+#[test]
+fn a_batch_that_is_there_though_its_append_failed_is_durable() {
+    explore(5000, || {
+        let mut disk = Disk::default();
+        disk.room = Some(thread_rng().gen_range(0..9));
+        disk.is_there = true;
+        // Nothing can be written, and nothing synced, until it is opened once more.
+        disk.shuts = true;
+        let world = run(disk);
+        world.check_log();
+        assert!(!world.is_poisoned());
+    });
+}

@@ -55,10 +55,16 @@ pub(crate) struct Disk {
     pub(crate) room: Option<usize>,
     /// Whether the append without room is there all the same.
     pub(crate) is_there: bool,
+    /// Whether there is no room for the log when it is opened again the first time.
+    pub(crate) shuts: bool,
+    /// Whether it is open for reading alone.
+    is_shut: bool,
     /// An append found no room: nothing more is taken until the log is opened again.
     is_latched: bool,
     /// A sync failed: what it was to make durable may be gone, though later ones succeed (fsync(2)'s own way).
     is_broken: bool,
+    /// What was there when the log was opened again may be gone, which the store knows.
+    is_lost: bool,
     rows: Map,
 }
 
@@ -101,6 +107,18 @@ impl Disk {
         is_full
     }
 
+    /// Makes what is there durable, unless a sync failed before. Nothing else is under way meanwhile.
+    fn reopen(&mut self) -> Result<()> {
+        self.is_latched = false;
+        self.is_shut = std::mem::take(&mut self.shuts);
+        self.is_lost |= self.is_broken || self.fails();
+        if self.is_lost {
+            return Err(failed());
+        }
+        self.synced = self.log.len();
+        Ok(())
+    }
+
     fn fails(&mut self) -> bool {
         let fails = self.good == Some(0);
         self.good = match self.good {
@@ -131,13 +149,16 @@ impl Store {
 
     pub(crate) fn reopen(&self, _: Mode) -> Result<()> {
         yield_now();
-        self.disk().is_latched = false;
-        // What is there is made durable.
-        self.sync_log().map_err(|_| failed())
+        let reopened = self.disk().reopen();
+        yield_now();
+        reopened
     }
 
     pub(crate) fn mode(&self) -> Mode {
-        Mode::Roomy
+        match self.disk().is_shut {
+            true => Mode::ReadOnly,
+            false => Mode::Roomy,
+        }
     }
 
     pub(crate) fn flush_bytes(&self) -> u64 {
@@ -225,7 +246,10 @@ impl Store {
             if disk.is_latched {
                 return Err(SyncError::AppendFailed);
             }
-            if disk.fails() {
+            if disk.is_shut && !disk.is_lost {
+                return Ok(());
+            }
+            if disk.is_lost || disk.fails() {
                 disk.is_broken = true;
                 return Err(SyncError::Failed(failed()));
             }
