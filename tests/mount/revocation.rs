@@ -146,6 +146,28 @@ fn a_key_that_was_disabled_while_kmsd_was_started_anew_is_noticed() {
 }
 
 #[test]
+fn a_mount_that_is_revoked_by_hand_is_dark_without_kmsd_until_that_is_undone() {
+    let mut world = World::new();
+    fs::write(world.at("file"), b"content").unwrap();
+    let open = File::open(world.at("file")).unwrap();
+    world.stop_kmsd(libc::SIGKILL);
+    let mnt = world.mnt().to_str().unwrap().to_owned();
+    world.cmkfs_ok(&["revoke", &mnt]);
+    assert!(refused(open.read_at(&mut [0; 7], 0)));
+    assert!(refused(fs::read(world.at("file"))));
+    world.start_kmsd();
+    world.cmkfs_ok(&["revoke", &mnt]);
+    assert!(refused(fs::read(world.at("file"))));
+    world.cmkfs_ok(&["revoke", "--undo", &mnt]);
+    eventually("the file can be read again", || {
+        fs::read(world.at("file")).is_ok_and(|bytes| bytes == b"content")
+    });
+    let elsewhere = world.cmkfs(&["revoke", world.path("").to_str().unwrap()]);
+    assert!(!elsewhere.status.success());
+    assert!(String::from_utf8_lossy(&elsewhere.stderr).contains("no cmkfs volume is mounted"));
+}
+
+#[test]
 fn a_log_that_nobody_reads_any_more_does_not_keep_the_volume_readable() {
     let mut world = World::unmounted();
     // Every request is logged: the pipe is full at once.

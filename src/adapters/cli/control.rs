@@ -1,9 +1,10 @@
-//! The control socket, VOLUME/control: answers whoever may open it with the state of the mount, as one JSON line.
+//! The control socket, VOLUME/control: does what whoever may open it asks for in one line, and answers with the state of the
+//! mount, as one JSON line.
 
 use super::Failure;
 use crate::engine::{KeyState, Superblock, Volume};
 use serde_json::{Value, json};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,8 +19,39 @@ const NAME: &str = "control";
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait when the host has no descriptor for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Longest wait for an answer: going dark takes as long as storing what was written.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest answer that is read, in bytes.
 const ANSWER_MAX: u64 = 64 << 10;
+/// Longest question that is read, in bytes.
+const QUESTION_MAX: u64 = 32;
+
+/// What a mount can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Question {
+    /// Its state.
+    Status,
+    /// To go dark, and stay so.
+    Revoke,
+    /// To take that back.
+    Resume,
+}
+
+impl Question {
+    const ALL: [Self; 3] = [Self::Status, Self::Revoke, Self::Resume];
+
+    fn line(self) -> &'static str {
+        match self {
+            Self::Status => "status\n",
+            Self::Revoke => "revoke\n",
+            Self::Resume => "resume\n",
+        }
+    }
+
+    fn of(line: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|question| question.line() == line)
+    }
+}
 
 /// Answers until it is dropped; then the socket is removed, and nothing here refers to the volume any more.
 pub(super) struct Control {
@@ -78,13 +110,17 @@ pub(super) fn start(
                     continue;
                 }
             };
-            let mut line = state(&volume, &mountpoint, facts.clone()).to_string();
-            line.push('\n');
-            let sent = stream
-                .set_write_timeout(Some(TIMEOUT))
-                .and_then(|()| stream.write_all(line.as_bytes()));
-            if let Err(error) = sent {
-                tracing::debug!(%error, "a question for the status was not heard out");
+            let answered = hear(&stream).and_then(|question| {
+                match question {
+                    Question::Status => {}
+                    Question::Revoke => volume.revoke_by_hand(true),
+                    Question::Resume => volume.revoke_by_hand(false),
+                }
+                let line = format!("{}\n", state(&volume, &mountpoint, facts.clone()));
+                stream.write_all(line.as_bytes())
+            });
+            if let Err(error) = answered {
+                tracing::debug!(%error, "a question to the mount was not heard out");
             }
         }
     };
@@ -100,16 +136,26 @@ pub(super) fn start(
     })
 }
 
+fn hear(stream: &UnixStream) -> std::io::Result<Question> {
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    let mut line = String::new();
+    BufReader::new(stream.take(QUESTION_MAX)).read_line(&mut line)?;
+    Question::of(&line).ok_or_else(|| std::io::Error::other("it is no question of this version"))
+}
+
 /// Asks the mount of the volume in `dir`; `None` if it is not mounted.
-pub(super) fn ask(dir: &Path) -> Result<Option<Value>, Failure> {
+pub(super) fn ask(dir: &Path, question: Question) -> Result<Option<Value>, Failure> {
     let failed = |error: std::io::Error| format!("control socket in {}: {error}", dir.display());
-    let stream = match through_directory(dir, |short| UnixStream::connect(short)) {
+    let mut stream = match through_directory(dir, |short| UnixStream::connect(short)) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
             return Ok(None);
         }
         other => other.map_err(failed)?,
     };
-    stream.set_read_timeout(Some(TIMEOUT)).map_err(failed)?;
+    stream.set_write_timeout(Some(TIMEOUT)).map_err(failed)?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed)?;
+    stream.write_all(question.line().as_bytes()).map_err(failed)?;
     let mut line = String::new();
     stream
         .take(ANSWER_MAX)

@@ -1,4 +1,4 @@
-//! The command line: `cmkfs create`, `mount`, `umount`, `status`, `fsck`.
+//! The command line: `cmkfs create`, `mount`, `umount`, `status`, `revoke`, `fsck`.
 
 mod background;
 mod control;
@@ -8,6 +8,7 @@ mod harden;
 mod logging;
 mod mount;
 mod options;
+mod revoke;
 mod status;
 mod umount;
 
@@ -28,6 +29,7 @@ Examples:
   cmkfs mount ~/vault ~/private                 mount it, and go to the background
   cmkfs mount -o ro,cache=none ~/vault /mnt     read-only; what read(2) gives stays out of the page cache
   cmkfs status ~/private --json                 state of the key, of the log and of the caches
+  cmkfs revoke ~/private                        dark at once, without kmsd; --undo takes it back
   cmkfs umount ~/private                        returns when everything is on disk
   cmkfs fsck --scrub ~/vault                    check every record and every block of an unmounted volume
 
@@ -53,6 +55,8 @@ enum Command {
     Umount(UmountArguments),
     /// Show the state of a mounted volume, or what an unmounted one says of itself.
     Status(StatusArguments),
+    /// Have a mount go dark at once, as if its key were disabled, without kmsd; returns when nothing can be read.
+    Revoke(RevokeArguments),
     /// Check a volume that is not mounted: records, names, links, counts, slots. Changes nothing without --repair.
     #[command(after_help = FSCK_HELP)]
     Fsck(FsckArguments),
@@ -79,7 +83,8 @@ struct MountArguments {
     mountpoint: PathBuf,
     /// Options, separated by commas: ro, rw, allow_other (the default for root), noallow_other, nosuid, nodev, noexec,
     /// suid, dev, exec, noatime, cache=writeback, cache=none, publish_interval_ms=N, key_poll_interval_ms=N,
-    /// block_cache_mib=N, dek_cache_entries_max=N, node_cache_entries_max=N.
+    /// drain_max_ms=N (time to store what was written when the key is revoked; the rest is dropped), block_cache_mib=N,
+    /// dek_cache_entries_max=N, node_cache_entries_max=N.
     #[arg(short = 'o', value_name = "OPTIONS", verbatim_doc_comment)]
     options: Vec<String>,
     /// Stay in the foreground, and log to the standard error output.
@@ -103,6 +108,15 @@ struct StatusArguments {
     /// One JSON object.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+struct RevokeArguments {
+    /// Where the volume is mounted.
+    mountpoint: PathBuf,
+    /// Take it back: the mount is live again as soon as kmsd permits.
+    #[arg(long)]
+    undo: bool,
 }
 
 #[derive(Debug, Args)]
@@ -135,6 +149,7 @@ pub fn run() -> ExitCode {
         Command::Mount(arguments) => mount::run(&arguments, &socket),
         Command::Umount(arguments) => umount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Revoke(arguments) => revoke::run(&arguments),
         Command::Fsck(arguments) => {
             failure = ExitCode::from(fsck::OPERATIONAL_ERROR);
             match fsck::run(&arguments, &socket) {

@@ -1,5 +1,6 @@
 //! `cmkfs status`
 
+use super::control::Question;
 use super::{Failure, StatusArguments, control, existing_directory, open_failure};
 use crate::adapters::fuse;
 use crate::engine::Superblock;
@@ -12,7 +13,7 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<(), Failure> {
         Some(mount) => mount.volume,
         None => existing_directory(&arguments.path, "volume")?,
     };
-    let state = match control::ask(&dir)? {
+    let state = match control::ask(&dir, Question::Status)? {
         Some(state) => state,
         None => {
             let superblock =
