@@ -19,6 +19,8 @@ if [[ "${1:-}" != --prove ]]; then
     export POWERCUT_WORKLOADS="${1:-200}" POWERCUT_STATES="${2:-12}" POWERCUT_KILLS=300
     step "install what is missing"
     scripts/setup.sh
+    # The test's own build makes none of the daemons.
+    build
     step "cut the power $POWERCUT_STATES times in each of $POWERCUT_WORKLOADS workloads"
     cut_power
     exit
