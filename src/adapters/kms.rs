@@ -1,6 +1,6 @@
 //! The engine's [`KeyService`] over a session with kmsd.
 
-use crate::engine::{Ino, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Renewal};
+use crate::engine::{Ino, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal};
 use fuse_device::{AbortHandle, FuseDevice};
 use kms_client::{
     Client, ClientError, Code, Descriptors, EncryptionContext, KeyState, KmsError, Ledger, Session,
@@ -31,6 +31,8 @@ pub struct SessionKeys {
     reopening: Mutex<()>,
     /// What is handed to kmsd with every session, once there is a mount.
     mount: OnceLock<MountHandles>,
+    /// The furthest that kmsd was seen to have come.
+    seen: Mutex<Position>,
 }
 
 /// What kmsd needs to drop what the kernel caches of a mount.
@@ -91,10 +93,25 @@ impl SessionKeys {
             volume,
             cmk: cmk.to_owned(),
             drain_max,
-            session: RwLock::new(Arc::new(session)),
             reopening: Mutex::new(()),
             mount: OnceLock::new(),
+            seen: Mutex::new(position(session.position())),
+            session: RwLock::new(Arc::new(session)),
         })
+    }
+
+    /// Takes in how far kmsd has come, by an answer to what was asked when `before` had been seen.
+    fn note(&self, before: &Position, now: kms_client::Position) -> Result<(), KeyError> {
+        let now = position(now);
+        if !now.follows(before) {
+            return Err(KeyError::RolledBack);
+        }
+        let mut seen = self.seen.lock();
+        // Answers may overtake each other.
+        if now.follows(&seen) {
+            *seen = now;
+        }
+        Ok(())
     }
 
     /// Hands over, with this session and each that follows it, what kmsd needs to revoke a mount without its help. To be
@@ -174,6 +191,7 @@ impl SessionKeys {
         if !Arc::ptr_eq(&current, lost) {
             return Ok(current);
         }
+        let before = *self.seen.lock();
         let open = || {
             let session = self.client.open_session(self.volume, self.drain_max)?;
             // Before anything is asked for in it.
@@ -183,6 +201,7 @@ impl SessionKeys {
             Ok(session)
         };
         let session = open().map_err(|error: ClientError| key_error(&error))?;
+        self.note(&before, session.position())?;
         let session = Arc::new(session);
         *self.session.write() = Arc::clone(&session);
         Ok(session)
@@ -232,7 +251,9 @@ impl KeyService for SessionKeys {
     }
 
     fn renew(&self, limit: Duration) -> Result<Renewal, KeyError> {
+        let before = *self.seen.lock();
         let renewal = self.call(|session| session.renew(limit))?;
+        self.note(&before, renewal.position)?;
         let listed = renewal
             .keys
             .iter()
@@ -258,8 +279,27 @@ impl KeyService for SessionKeys {
         self.call(|session| session.acknowledge(epoch))
     }
 
+    fn position(&self) -> Position {
+        *self.seen.lock()
+    }
+
+    fn expect(&self, seen: Position) -> Result<(), KeyError> {
+        let now = self.position();
+        now.follows(&seen).then_some(()).ok_or(KeyError::RolledBack)
+    }
+
     fn refuse(&self, refusing: bool) {
         self.client.refuse(refusing);
+    }
+}
+
+fn position(position: kms_client::Position) -> Position {
+    Position {
+        keystore: position.keystore_id,
+        epoch: position.epoch,
+        state_seq: position.state_seq,
+        audit_records: position.audit_records,
+        audit_head: position.audit_head,
     }
 }
 

@@ -9,6 +9,7 @@ use super::commit::{Batch, Committer, Seq};
 use super::dek::Misses;
 use super::error::{Error, Result};
 use super::format::inode::InodeRecord;
+use super::format::root::SealRecord;
 use super::format::rowkey::{self, Family};
 use super::keyring::{Admission, Keyring, Purpose};
 use super::keys::DomainKeys;
@@ -59,7 +60,7 @@ pub(crate) struct Core {
     /// Whether slot files may hold what an unclean stop left.
     pub(crate) is_unswept: AtomicBool,
     /// What the seal file says.
-    pub(crate) sealed: Mutex<Seq, rank::SealFile>,
+    pub(crate) sealed: Mutex<SealRecord, rank::SealFile>,
     /// Wakes the thread that publishes, drains and reclaims.
     pub(crate) upkeep_bell: Bell,
     /// Whether the host ran low, and what was deleted has not been given back to it since.

@@ -6,7 +6,7 @@
 
 use super::error::{Error, Result};
 use super::keys::{DomainKeys, FileKey};
-use super::keyservice::{KeyContext, KeyError, KeyService, Renewal};
+use super::keyservice::{KeyContext, KeyError, KeyService, Position, Renewal};
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard, before_call_to_kms, rank};
 use super::types::{Domain, Ino};
@@ -265,6 +265,16 @@ impl Keyring {
         self.service.renew(limit)
     }
 
+    /// How far the KMS had come when it answered last.
+    pub(crate) fn position(&self) -> Position {
+        self.service.position()
+    }
+
+    /// Has the KMS refused from now on if it knows less than this.
+    pub(crate) fn expect(&self, seen: Position) -> std::result::Result<(), KeyError> {
+        self.service.expect(seen)
+    }
+
     /// Says that nothing is left of what was revoked up to `epoch`.
     pub(crate) fn acknowledge(&self, epoch: u64) -> std::result::Result<(), KeyError> {
         before_call_to_kms();
@@ -375,7 +385,7 @@ pub(crate) fn state_after(error: &KeyError) -> Option<KeyState> {
     match error {
         KeyError::Revoked => Some(KeyState::Revoked),
         KeyError::Erased => Some(KeyState::Erased),
-        KeyError::Denied => Some(KeyState::Denied),
+        KeyError::Denied | KeyError::RolledBack => Some(KeyState::Denied),
         KeyError::Unreachable(_) | KeyError::BadBlob | KeyError::Other(_) => None,
     }
 }
@@ -393,7 +403,7 @@ pub(crate) fn key_failure(ino: Ino, error: &KeyError) -> Error {
     match error {
         KeyError::Revoked => Error::KeyRevoked,
         KeyError::Erased => Error::KeyErased,
-        KeyError::Denied => Error::KeyDenied,
+        KeyError::Denied | KeyError::RolledBack => Error::KeyDenied,
         KeyError::Unreachable(_) => Error::KeyUnavailable,
         KeyError::BadBlob => Error::Corrupt {
             what: format!("wrapped data key of inode {}", ino.0),

@@ -48,6 +48,9 @@ pub enum KeyError {
     /// Not reached in time.
     #[error("the KMS cannot be reached: {0}")]
     Unreachable(String),
+    /// It knows less than it once did: its keystore was put back as it once was.
+    #[error("the KMS knows less than it once did: its keystore was put back as it once was")]
+    RolledBack,
     /// The blob does not authenticate under that key and context.
     #[error("the wrapped key fails authentication")]
     BadBlob,
@@ -82,6 +85,15 @@ pub trait KeyService: Send + Sync {
     /// Why it was not heard; it is said again.
     fn acknowledge(&self, epoch: u64) -> Result<(), KeyError>;
 
+    /// How far the KMS had come when it answered last.
+    fn position(&self) -> Position;
+
+    /// Has the KMS refused from now on if it knows less than this.
+    ///
+    /// # Errors
+    /// [`KeyError::RolledBack`] if it does already.
+    fn expect(&self, seen: Position) -> Result<(), KeyError>;
+
     /// While `refusing`, every call fails at once, those that wait for an answer included: they may be held by operations
     /// that a revocation waits for.
     fn refuse(&self, refusing: bool);
@@ -96,6 +108,33 @@ pub struct Renewal {
     pub epoch: u64,
     /// Whether the CMK may be used, at that epoch or later.
     pub state: Result<(), KeyError>,
+}
+
+/// How far a KMS has come. None of its numbers ever falls; one that answers less than it once did was put back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// Its keystore, a UUID.
+    pub keystore: [u8; 16],
+    /// Moves when keys are destroyed.
+    pub epoch: u64,
+    /// Moves with every restrictive change.
+    pub state_seq: u64,
+    /// Records in its audit log.
+    pub audit_records: u64,
+    /// SHA-256 of the last frame of it.
+    pub audit_head: [u8; 32],
+}
+
+impl Position {
+    /// Whether a KMS that is here now can have been there before.
+    #[must_use]
+    pub fn follows(&self, seen: &Self) -> bool {
+        self.keystore == seen.keystore
+            && self.epoch >= seen.epoch
+            && self.state_seq >= seen.state_seq
+            && self.audit_records >= seen.audit_records
+            && (self.audit_records > seen.audit_records || self.audit_head == seen.audit_head)
+    }
 }
 
 /// What the engine tells its front end when a domain goes dark: the kernel's caches must go, too.
@@ -116,4 +155,51 @@ pub trait InodeLedger: Send + Sync {
 
     /// Takes an inode away that the kernel has forgotten.
     fn remove(&self, place: u32);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_that_falls_short_in_anything_does_not_follow() {
+        let seen = Position {
+            keystore: [1; 16],
+            epoch: 5,
+            state_seq: 6,
+            audit_records: 7,
+            audit_head: [8; 32],
+        };
+        assert!(seen.follows(&seen));
+        let further = Position {
+            epoch: 6,
+            state_seq: 9,
+            audit_records: 8,
+            audit_head: [9; 32],
+            ..seen
+        };
+        assert!(further.follows(&seen) && !seen.follows(&further));
+        for behind in [
+            Position {
+                keystore: [2; 16],
+                ..further
+            },
+            Position { epoch: 4, ..further },
+            Position {
+                state_seq: 5,
+                ..further
+            },
+            Position {
+                audit_records: 6,
+                ..further
+            },
+            // As many records, but not the same.
+            Position {
+                audit_head: [9; 32],
+                ..seen
+            },
+        ] {
+            assert!(!behind.follows(&seen), "{behind:?}");
+        }
+    }
 }

@@ -54,7 +54,9 @@ pub use clock::{Clock, SystemClock};
 pub use error::{Error, Result};
 pub use format::superblock::Superblock;
 pub use keyring::KeyState;
-pub use keyservice::{CacheObserver, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Renewal};
+pub use keyservice::{
+    CacheObserver, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal,
+};
 pub use types::{
     Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, Owner, RenameFlags, Seek,
     SetAttr, SetXattr, StatFs, Taken, Timestamp,

@@ -8,7 +8,7 @@ use super::commit::{Batch, Committer, Seq, Written};
 use super::core::{Core, Fetch};
 use super::dek::Misses;
 use super::error::{Error, Result};
-use super::format::root::RootRecord;
+use super::format::root::{RootRecord, SealRecord};
 use super::format::rowkey::{self, Family};
 use super::format::superblock::{self, Superblock, SuperblockError};
 use super::keyring::{Keyring, Purpose, key_failure};
@@ -240,8 +240,16 @@ pub(crate) fn open_core(
     let (last, sealed) = {
         let admission = keyring.admit(Purpose::Serve)?;
         let sealed = seal::read(dir, admission.keys())?;
-        (read_root(&store, admission.keys(), sealed)?, sealed)
+        (read_root(&store, admission.keys(), sealed.durable_seq)?, sealed)
     };
+    if let Some(seen) = sealed.kms {
+        match keyring.expect(seen) {
+            Err(KeyError::RolledBack) if options.accept_kms_restore => {
+                tracing::warn!("the KMS knows less than this volume has seen of it, which its user accepts");
+            }
+            other => other?,
+        }
+    }
     let sweep = match options.read_only {
         true => None,
         false => {
@@ -316,7 +324,7 @@ fn take_lock(dir: &Path, writing: Writing) -> std::result::Result<File, OpenErro
     }
 }
 
-fn read_root(store: &Store, keys: &DomainKeys, sealed: Seq) -> std::result::Result<Written, OpenError> {
+fn read_root(store: &Store, keys: &DomainKeys, sealed_seq: u64) -> std::result::Result<Written, OpenError> {
     let key = rowkey::root(keys.domain());
     let row = store
         .get(Family::Meta, &key)?
@@ -324,10 +332,10 @@ fn read_root(store: &Store, keys: &DomainKeys, sealed: Seq) -> std::result::Resu
     let plain = keys.open_row(Family::Meta, &key, &row);
     let root = plain.and_then(|plain| RootRecord::decode(&plain).ok());
     let root = root.ok_or_else(|| OpenError::Damaged("the root record fails authentication".to_owned()))?;
-    if root.commit_seq < sealed.0 || root.commit_seq < root.durable_seq {
+    if root.commit_seq < sealed_seq || root.commit_seq < root.durable_seq {
         return Err(OpenError::Damaged(format!(
             "commit {} was durable, but the log ends at {}",
-            sealed.0.max(root.durable_seq),
+            sealed_seq.max(root.durable_seq),
             root.commit_seq
         )));
     }
@@ -356,7 +364,11 @@ fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8
     })?;
     Slots::create(&dir.join(DATA))?;
     let durable = make_store(dir, params, &keys)?;
-    seal::write(dir, &keys, durable)?;
+    let sealed = SealRecord {
+        durable_seq: durable.0,
+        kms: Some(service.position()),
+    };
+    seal::write(dir, &keys, sealed)?;
     // Last, so that a directory with a superblock is a whole volume.
     let bytes = Superblock::new(volume, &params.cmk_arn, wrapped).encode();
     let mut file = File::create_new(dir.join(SUPERBLOCK)).map_err(|error| Error::io("create", &error))?;

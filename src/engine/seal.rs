@@ -1,10 +1,12 @@
-//! The seal file: how far the log is known to have reached. RocksDB, after a crash, ends its log at the first
-//! damaged record; the seal file tells a log that was cut by the crash from one that was damaged after it was synced.
+//! The seal file: how far the log is known to have reached, and the KMS to have come. RocksDB, after a crash, ends its log
+//! at the first damaged record; the seal file tells a log that was cut by the crash from one that was damaged after it was
+//! synced.
 
 use super::commit::Seq;
 use super::error::{Error, Result};
 use super::format::root::SealRecord;
 use super::keys::DomainKeys;
+use super::keyservice::Position;
 use super::slots::sync_dir;
 use super::sync::{Mutex, rank};
 use std::fs::File;
@@ -16,28 +18,30 @@ pub(crate) const NEW_NAME: &str = "seal.new";
 /// Longest seal file that is read.
 const LENGTH_MAX: u64 = 4096;
 
-/// Writes the seal file if `durable` is beyond what it says, which `sealed` remembers.
+/// Writes the seal file if the log has reached further than it says, or the KMS took something away since; `sealed`
+/// remembers what it says.
 pub(crate) fn advance(
     dir: &Path,
     keys: &DomainKeys,
     durable: Seq,
-    sealed: &Mutex<Seq, rank::SealFile>,
+    kms: Position,
+    sealed: &Mutex<SealRecord, rank::SealFile>,
 ) -> Result<()> {
     let mut sealed = sealed.lock();
-    if durable > *sealed {
-        write(dir, keys, durable)?;
-        *sealed = durable;
+    let next = SealRecord {
+        durable_seq: durable.0.max(sealed.durable_seq),
+        kms: Some(kms),
+    };
+    let restrictive = |kms: Position| (kms.epoch, kms.state_seq);
+    if next.durable_seq > sealed.durable_seq || next.kms.map(restrictive) != sealed.kms.map(restrictive) {
+        write(dir, keys, next)?;
+        *sealed = next;
     }
     Ok(())
 }
 
-pub(crate) fn write(dir: &Path, keys: &DomainKeys, durable: Seq) -> Result<()> {
-    let sealed = keys.seal_file(
-        &SealRecord {
-            durable_seq: durable.0,
-        }
-        .encode(),
-    )?;
+pub(crate) fn write(dir: &Path, keys: &DomainKeys, record: SealRecord) -> Result<()> {
+    let sealed = keys.seal_file(&record.encode())?;
     let new = dir.join(NEW_NAME);
     let written = File::create(&new).and_then(|mut file| {
         file.write_all(&sealed)?;
@@ -50,7 +54,7 @@ pub(crate) fn write(dir: &Path, keys: &DomainKeys, durable: Seq) -> Result<()> {
 }
 
 /// What the seal file says.
-pub(crate) fn read(dir: &Path, keys: &DomainKeys) -> Result<Seq> {
+pub(crate) fn read(dir: &Path, keys: &DomainKeys) -> Result<SealRecord> {
     let damaged = || Error::Corrupt {
         what: "the seal file".to_owned(),
     };
@@ -62,6 +66,5 @@ pub(crate) fn read(dir: &Path, keys: &DomainKeys) -> Result<Seq> {
             _ => Error::io("read the seal file", &error),
         })?;
     let plain = keys.open_seal_file(&sealed).ok_or_else(damaged)?;
-    let record = SealRecord::decode(&plain).map_err(|_| damaged())?;
-    Ok(Seq(record.durable_seq))
+    SealRecord::decode(&plain).map_err(|_| damaged())
 }

@@ -248,7 +248,8 @@ impl Core {
         let mut outcome = self.for_active(publish);
         self.committer.sync_to(self.committer.committed())?;
         let access = self.drain()?;
-        match seal::advance(&self.dir, access.keys(), self.committer.durable(), &self.sealed) {
+        let (durable, kms) = (self.committer.durable(), self.keyring.position());
+        match seal::advance(&self.dir, access.keys(), durable, kms, &self.sealed) {
             // It says less than it might; what it vouches for is in the log.
             Err(error) if error.is_no_room() => tracing::warn!(%error, "the seal file stays behind"),
             sealed => outcome = outcome.and(sealed),

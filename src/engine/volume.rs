@@ -28,6 +28,8 @@ pub struct Options {
     pub key_poll_interval: Duration,
     /// How long it may take to store what was written before the volume goes dark; the rest is dropped.
     pub drain_max: Duration,
+    /// Mount though the KMS knows less than it once did: its keystore was put back on purpose.
+    pub accept_kms_restore: bool,
     /// Memory for RocksDB's block cache and memtables together, in bytes.
     pub block_cache_bytes: usize,
     /// File keys kept in memory.
@@ -45,6 +47,7 @@ impl Default for Options {
             publish_interval: Duration::from_secs(5),
             key_poll_interval: Duration::from_secs(1),
             drain_max: Duration::from_secs(5),
+            accept_kms_restore: false,
             block_cache_bytes: 128 << 20,
             dek_cache_entries_max: 32_768,
             node_cache_entries_max: 65_536,

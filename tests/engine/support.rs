@@ -2,7 +2,7 @@
 
 use cmkfs::engine::{
     CheckOptions, Clock, Cookie, CreateParams, Error, Fault, FileKind, Ino, IssuedKey, KeyContext, KeyError,
-    KeyService, NewNode, OpenError, Options, Renewal, Report, Taken, Timestamp, Volume,
+    KeyService, NewNode, OpenError, Options, Position, Renewal, Report, Taken, Timestamp, Volume,
 };
 use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive};
 use std::os::unix::fs::FileExt;
@@ -164,6 +164,21 @@ impl KeyService for FakeKms {
     fn acknowledge(&self, epoch: u64) -> Result<(), KeyError> {
         self.acknowledged.fetch_max(epoch, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn position(&self) -> Position {
+        Position {
+            keystore: [7; 16],
+            epoch: 1,
+            state_seq: self.epoch.load(Ordering::SeqCst),
+            audit_records: 0,
+            audit_head: [0; 32],
+        }
+    }
+
+    fn expect(&self, seen: Position) -> Result<(), KeyError> {
+        let follows = self.position().follows(&seen);
+        follows.then_some(()).ok_or(KeyError::RolledBack)
     }
 
     fn refuse(&self, refusing: bool) {

@@ -167,6 +167,78 @@ fn a_mount_that_is_revoked_by_hand_is_dark_without_kmsd_until_that_is_undone() {
     assert!(String::from_utf8_lossy(&elsewhere.stderr).contains("no cmkfs volume is mounted"));
 }
 
+/// Database, slot and audit log all put back: kmsd alone cannot see it.
+#[test]
+fn a_keystore_put_back_whole_is_refused_by_a_volume_that_knew_more() {
+    let mut world = World::new();
+    fs::write(world.at("file"), b"content").unwrap();
+    world.unmount();
+    world.stop_kmsd(libc::SIGTERM);
+    let old = world.path("old");
+    copy(&world.keystore(), &old);
+    world.start_kmsd();
+    world.mount(&[]);
+    world.with_key("disable-key");
+    world.with_key("enable-key");
+    // The volume notes it with what it stores.
+    eventually("the volume is live", || {
+        fs::write(world.at("file"), b"more").is_ok()
+    });
+    world.unmount();
+    world.stop_kmsd(libc::SIGTERM);
+    fs::remove_dir_all(world.keystore()).unwrap();
+    copy(&old, &world.keystore());
+    world.start_kmsd();
+    let (volume, mnt) = (world.volume(), world.mnt());
+    let (volume, mnt) = (volume.to_str().unwrap(), mnt.to_str().unwrap());
+    let refused = world.cmkfs(&["mount", volume, mnt]);
+    assert!(!refused.status.success());
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("knows less than this volume has seen"), "{said}");
+    assert_eq!(said.lines().count(), 1);
+    world.mount(&["-o", "accept_kms_restore"]);
+    assert_eq!(fs::read(world.at("file")).unwrap(), b"more");
+    world.unmount();
+    // From then on it is what counts.
+    world.mount(&[]);
+}
+
+#[test]
+fn a_kmsd_started_with_an_older_keystore_darkens_the_mount() {
+    let mut world = World::new();
+    fs::write(world.at("file"), b"content").unwrap();
+    // Whatever it is that kmsd has written by now.
+    world.stop_kmsd(libc::SIGTERM);
+    let old = world.path("old");
+    copy(&world.keystore(), &old);
+    world.start_kmsd();
+    world.with_key("disable-key");
+    world.with_key("enable-key");
+    eventually("the file can be read again", || {
+        fs::read(world.at("file")).is_ok()
+    });
+    world.stop_kmsd(libc::SIGTERM);
+    fs::remove_dir_all(world.keystore()).unwrap();
+    copy(&old, &world.keystore());
+    world.start_kmsd();
+    eventually("the mount refuses that kmsd", || {
+        errno(fs::read(world.at("file"))) == libc::EKEYREJECTED
+    });
+}
+
+/// Copies a keystore, whose one directory is the database.
+fn copy(from: &std::path::Path, to: &std::path::Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
 #[test]
 fn a_log_that_nobody_reads_any_more_does_not_keep_the_volume_readable() {
     let mut world = World::unmounted();

@@ -65,15 +65,52 @@ pub struct Renewal {
     pub revocation_epoch: u64,
     /// Every key under which this session was given something.
     pub keys: Vec<KeyStatus>,
+    /// How far the keystore had come.
+    pub position: Position,
+}
+
+/// How far a keystore has come. None of its numbers ever falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// UUID.
+    pub keystore_id: [u8; 16],
+    /// The root epoch: moves when keys are destroyed.
+    pub epoch: u64,
+    /// Moves with every restrictive change.
+    pub state_seq: u64,
+    /// Records in the audit log.
+    pub audit_records: u64,
+    /// SHA-256 of the last frame of it.
+    pub audit_head: [u8; 32],
+}
+
+impl Position {
+    fn of(answer: Option<proto::KeystorePosition>) -> Result<Self, ClientError> {
+        let answer = answer.ok_or_else(|| untrusted(SessionError::Malformed))?;
+        Ok(Self {
+            keystore_id: array(&answer.keystore_id)?,
+            epoch: answer.epoch,
+            state_seq: answer.state_seq,
+            audit_records: answer.audit_records,
+            audit_head: array(&answer.audit_head)?,
+        })
+    }
 }
 
 /// A session with one kmsd. Data keys come through it sealed to a key that this process alone has.
 pub struct Session {
     connection: Arc<Connection>,
     key: SessionKey,
+    position: Position,
 }
 
 impl Session {
+    /// How far the keystore had come when the session was opened.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
     pub(crate) fn open(
         connection: Arc<Connection>,
         volume: [u8; 16],
@@ -97,7 +134,11 @@ impl Session {
         let key = pair
             .agree(Role::Client, id, array(&answer.server_public_key)?)
             .map_err(untrusted)?;
-        Ok(Self { connection, key })
+        Ok(Self {
+            connection,
+            key,
+            position: Position::of(answer.position)?,
+        })
     }
 
     /// Makes a 32-byte data key for each context, wrapped under `key` (id, ARN or alias/NAME), all or none of them.
@@ -153,6 +194,7 @@ impl Session {
             lease_ttl: Duration::from_millis(answer.lease_ttl_ms.into()),
             revocation_epoch: answer.revocation_epoch,
             keys: keys.collect::<Result<_, ClientError>>()?,
+            position: Position::of(answer.position)?,
         })
     }
 

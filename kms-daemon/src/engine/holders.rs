@@ -133,7 +133,8 @@ impl Engine {
             return Ok(());
         }
         let keys = left.iter().flat_map(|old| old.used()).collect();
-        session.add_used(&keys, |all| self.store_holder(session, all, &left))?;
+        // One batch: at no moment does nobody answer for it.
+        session.add_and_store(&keys, |all| self.store_holder(session, all, &left))?;
         for old in left {
             self.sessions.remove(&old);
         }
@@ -159,7 +160,7 @@ impl Engine {
             minor: Some(minor),
             reach: Some(reach),
         });
-        self.store_holder(&session, &session.used(), &[])?;
+        session.add_and_store(&BTreeSet::new(), |all| self.store_holder(&session, all, &[]))?;
         self.take_over(&session, |mount| mount.minor.is_none_or(|old| old == minor))
     }
 
@@ -291,12 +292,19 @@ impl Engine {
                             .is_ok()
                     })
                 }
-                Step::Bury => bounded(mount, |reach| {
+                Step::Bury => match mount.reach.as_ref().map(|reach| reach.abort()) {
                     // Without an end to it, dirty pages would wait for a server that is gone.
-                    reach.abort()?;
-                    reach.invalidate()?;
-                    reach.invalidate()
-                }),
+                    Some(Ok(())) => bounded(mount, |reach| {
+                        reach.invalidate()?;
+                        reach.invalidate()
+                    }),
+                    aborted => {
+                        tracing::warn!(holder = %describe(holder), ?aborted, "its connection cannot be ended");
+                        // It ends with the last of its descriptors: until then its users would wait for ever.
+                        holder.set_mount(Mount { reach: None, ..mount });
+                        false
+                    }
+                },
             };
             clearing.did(step, went_well);
         }

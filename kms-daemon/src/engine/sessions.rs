@@ -138,10 +138,20 @@ impl Session {
         ids: &BTreeSet<Uuid>,
         store: impl FnOnce(&BTreeSet<Uuid>) -> Result<(), KmsError>,
     ) -> Result<(), KmsError> {
-        let mut used = self.used.lock();
-        if ids.is_subset(&used) {
+        if ids.is_subset(&self.used.lock()) {
             return Ok(());
         }
+        self.add_and_store(ids, store)
+    }
+
+    /// The same, and stores the row in any case.
+    pub(super) fn add_and_store(
+        &self,
+        ids: &BTreeSet<Uuid>,
+        store: impl FnOnce(&BTreeSet<Uuid>) -> Result<(), KmsError>,
+    ) -> Result<(), KmsError> {
+        // Held over the store: nobody takes a key for used before its row is durable.
+        let mut used = self.used.lock();
         let all = used.union(ids).copied().collect();
         store(&all)?;
         *used = all;

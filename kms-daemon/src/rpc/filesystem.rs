@@ -41,16 +41,11 @@ impl FilesystemKeys for FilesystemService {
                 };
                 let (opened, exit) = engine.open_session(call, process, &asked)?;
                 tokio::spawn(watch_exit(gate, exit));
-                let position = engine.position();
                 Ok(proto::OpenSessionResponse {
                     session_id: opened.id.to_vec(),
                     server_public_key: opened.server_public.to_vec(),
                     lease_ttl_ms: opened.lease_ttl_ms,
-                    keystore_id: position.keystore_id.as_bytes().to_vec(),
-                    epoch: position.epoch,
-                    state_seq: position.state_seq,
-                    audit_head: position.audit.head,
-                    audit_records: position.audit.records,
+                    position: Some(position(engine)),
                 })
             };
         self.0.serve("OpenSession", request, handler).await
@@ -121,6 +116,7 @@ impl FilesystemKeys for FilesystemService {
                 lease_ttl_ms: renewed.lease_ttl_ms,
                 revocation_epoch: renewed.revocation_epoch,
                 keys: keys.collect(),
+                position: Some(position(engine)),
             })
         };
         self.0.serve_with("RenewSession", request, handler).await
@@ -170,6 +166,17 @@ impl FilesystemKeys for FilesystemService {
             Ok(proto::CloseSessionResponse {})
         };
         self.0.serve("CloseSession", request, handler).await
+    }
+}
+
+fn position(engine: &Engine) -> proto::KeystorePosition {
+    let position = engine.position();
+    proto::KeystorePosition {
+        keystore_id: position.keystore_id.as_bytes().to_vec(),
+        epoch: position.epoch,
+        state_seq: position.state_seq,
+        audit_records: position.audit.records,
+        audit_head: position.audit.head,
     }
 }
 

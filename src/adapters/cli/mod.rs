@@ -84,7 +84,8 @@ struct MountArguments {
     /// Options, separated by commas: ro, rw, allow_other (the default for root), noallow_other, nosuid, nodev, noexec,
     /// suid, dev, exec, noatime, cache=writeback, cache=none, publish_interval_ms=N, key_poll_interval_ms=N,
     /// drain_max_ms=N (time to store what was written when the key is revoked; the rest is dropped), block_cache_mib=N,
-    /// dek_cache_entries_max=N, node_cache_entries_max=N.
+    /// dek_cache_entries_max=N, node_cache_entries_max=N,
+    /// accept_kms_restore (kmsd's keystore was put back on purpose).
     #[arg(short = 'o', value_name = "OPTIONS", verbatim_doc_comment)]
     options: Vec<String>,
     /// Stay in the foreground, and log to the standard error output.
@@ -201,6 +202,10 @@ fn key_failure(error: &KeyError, socket: &Path) -> Failure {
             "kmsd does not answer on {}: start it, or name its socket with --socket or $KMS_SOCKET ({why})",
             socket.display()
         ),
+        KeyError::RolledBack => "kmsd knows less than this volume has seen of it: its keystore was put back as it once was, and \
+            may give out keys that were revoked or destroyed since. Put the true keystore back; '-o accept_kms_restore' mounts \
+            all the same"
+            .to_owned(),
         KeyError::BadBlob => {
             "the volume's key does not open: the superblock was changed, or kmsd has another key of that name"
                 .to_owned()

@@ -54,6 +54,7 @@ fn set_flag(options: &mut MountOptions, name: &str) -> Result<(), Failure> {
         "exec" => flags.no_exec = false,
         "allow_other" => flags.allow_other = true,
         "noallow_other" => flags.allow_other = false,
+        "accept_kms_restore" => options.engine.accept_kms_restore = true,
         // How it always is, and what mount(8) adds for an fstab entry.
         "noatime" | "defaults" => {}
         _ => {

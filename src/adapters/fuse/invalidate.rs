@@ -5,8 +5,8 @@
 
 use super::residue::Residue;
 use crate::engine::{CacheObserver, Error, Ino, Seek, Volume};
-use fuse_device::FuseDevice;
-use fuser::{Errno, INodeNo, Notifier, ReplyLseek};
+use fuse_device::{Found, FuseDevice};
+use fuser::{Errno, ReplyLseek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -17,7 +17,7 @@ const LAUNDRY_MAX: usize = 256;
 
 /// Drops what the kernel caches when the volume goes dark.
 pub(super) struct Purger {
-    pub(super) device: FuseDevice,
+    pub(super) device: Arc<FuseDevice>,
     pub(super) residue: Arc<Residue>,
 }
 
@@ -25,10 +25,10 @@ impl CacheObserver for Purger {
     fn purge(&self, inodes: &[Ino]) {
         // Attributes first: once they are expired, new write(2) calls ask and are refused.
         for ino in inodes {
-            log_failure(*ino, self.device.expire_attributes(ino.0).map(drop));
+            log_failure(*ino, self.device.expire_attributes(ino.0));
         }
         for ino in inodes {
-            log_failure(*ino, self.device.drop_pages(ino.0).map(drop));
+            log_failure(*ino, self.device.drop_pages(ino.0));
         }
         match self.device.drop_names() {
             Ok(true) => {}
@@ -44,24 +44,10 @@ impl CacheObserver for Purger {
     }
 }
 
-/// A negative offset leaves the pages alone (fuse_reverse_inval_inode in the kernel).
-fn expire_attributes(notifier: &Notifier, ino: Ino) {
-    log_failure(ino, notifier.inval_inode(INodeNo(ino.0), -1, 0));
-}
-
-fn drop_pages(notifier: &Notifier, ino: Ino) {
-    log_failure(ino, notifier.inval_inode(INodeNo(ino.0), 0, 0));
-}
-
-fn log_failure(ino: Ino, result: std::io::Result<()>) {
+fn log_failure(ino: Ino, result: std::io::Result<Found>) {
     match result {
-        // The kernel has forgotten the inode, or the mount is gone: nothing is cached.
-        Err(error)
-            if !matches!(
-                error.raw_os_error(),
-                Some(libc::ENOENT | libc::ENOTCONN | libc::ENODEV)
-            ) =>
-        {
+        // The mount is gone: nothing is cached.
+        Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ENODEV)) => {
             tracing::warn!(inode = ino.0, %error, "the kernel did not drop its cache");
         }
         _ => {}
@@ -80,20 +66,23 @@ pub(super) struct Search {
 /// written back, and expires attributes that changed behind its back.
 pub(super) struct Laundry {
     searches: SyncSender<Search>,
-    notifier: Notifier,
+    device: Arc<FuseDevice>,
 }
 
 impl Laundry {
     /// Starts the thread, which holds the volume. It ends with the last sender.
-    pub(super) fn start(volume: Arc<Volume>, notifier: Notifier) -> std::io::Result<(Self, JoinHandle<()>)> {
+    pub(super) fn start(
+        volume: Arc<Volume>,
+        device: Arc<FuseDevice>,
+    ) -> std::io::Result<(Self, JoinHandle<()>)> {
         let (sender, searches) = sync_channel(LAUNDRY_MAX);
-        let for_thread = notifier.clone();
+        let for_thread = Arc::clone(&device);
         let thread = std::thread::Builder::new()
             .name("laundry".to_owned())
             .spawn(move || launder(&volume, &for_thread, &searches))?;
         let laundry = Self {
             searches: sender,
-            notifier,
+            device,
         };
         Ok((laundry, thread))
     }
@@ -101,7 +90,7 @@ impl Laundry {
     /// Has the kernel ask for an inode's attributes again. That touches no page and waits for no request, so that it may
     /// be done on a loop.
     pub(super) fn expire_attributes(&self, ino: Ino) {
-        expire_attributes(&self.notifier, ino);
+        log_failure(ino, self.device.expire_attributes(ino.0));
     }
 
     /// Takes a search over. With too many waiting, its caller is told to try again.
@@ -114,7 +103,7 @@ impl Laundry {
     }
 }
 
-fn launder(volume: &Volume, notifier: &Notifier, searches: &Receiver<Search>) {
+fn launder(volume: &Volume, device: &FuseDevice, searches: &Receiver<Search>) {
     while let Ok(Search {
         ino,
         offset,
@@ -122,7 +111,7 @@ fn launder(volume: &Volume, notifier: &Notifier, searches: &Receiver<Search>) {
         reply,
     }) = searches.recv()
     {
-        drop_pages(notifier, ino);
+        log_failure(ino, device.drop_pages(ino.0));
         let found = catch_unwind(AssertUnwindSafe(|| volume.seek(ino, offset, what)));
         let found = found.unwrap_or_else(|_| {
             tracing::error!(inode = ino.0, "a search for data or holes panicked");

@@ -132,7 +132,7 @@ impl Mounted {
         // Before the first request is answered: what the kernel learns, kmsd can have it forget.
         let residue = Arc::new(Residue::new(place.mountpoint.clone(), LOOPS));
         hand_over(volume, &place, &device, &residue, attach)
-            .and_then(|()| Self::serve(volume, place, &breaker, device, cache, residue))
+            .and_then(|notices| Self::serve(volume, place, &breaker, (device, notices), cache, residue))
             .inspect_err(|_| {
                 breaker.undo();
             })
@@ -142,7 +142,7 @@ impl Mounted {
         volume: &Arc<Volume>,
         place: Unmounter,
         breaker: &Arc<Breaker>,
-        device: OwnedFd,
+        (device, notices): (OwnedFd, Arc<FuseDevice>),
         cache: CacheMode,
         residue: Arc<Residue>,
     ) -> Result<Self> {
@@ -153,7 +153,7 @@ impl Mounted {
         config.clone_fd = true;
         config.acl = SessionACL::All;
         let session = Session::from_fd(filesystem, device, SessionACL::All, config)?;
-        let (cleaner, laundering) = Laundry::start(Arc::clone(volume), session.notifier())?;
+        let (cleaner, laundering) = Laundry::start(Arc::clone(volume), notices)?;
         *laundry.write() = Some(cleaner);
         let broken = (Arc::clone(breaker), Arc::clone(volume), Arc::clone(&laundry));
         let serving = std::thread::Builder::new()
@@ -227,19 +227,21 @@ impl Mounted {
     }
 }
 
-/// Has the kernel's caches purged through a descriptor of their own, and listed where kmsd reads; hands kmsd its means.
+/// Has the kernel's caches purged through a descriptor of their own, and listed where kmsd reads; hands kmsd its means. That
+/// descriptor.
 fn hand_over(
     volume: &Volume,
     place: &Unmounter,
     device: &OwnedFd,
     residue: &Arc<Residue>,
     attach: impl FnOnce(MountHandles) -> Result<()>,
-) -> Result<()> {
+) -> Result<Arc<FuseDevice>> {
     let clone = || FuseDevice::clone_of(device.as_fd());
+    let notices = Arc::new(clone()?);
     let ledger = Arc::new(Ledger::new()?);
     volume.set_ledger(Arc::new(SharedLedger(Arc::clone(&ledger))));
     volume.set_observer(Arc::new(Purger {
-        device: clone()?,
+        device: Arc::clone(&notices),
         residue: Arc::clone(residue),
     }));
     attach(MountHandles {
@@ -247,7 +249,8 @@ fn hand_over(
         ledger,
         abort: AbortHandle::open(place.device.minor).ok(),
         device_minor: place.device.minor,
-    })
+    })?;
+    Ok(notices)
 }
 
 /// Lifts limits that the kernel sets for a FUSE mount it does not trust, where that is permitted.

@@ -68,6 +68,10 @@ impl<'a> Reader<'a> {
         self.bytes(N)?.try_into().map_err(|_| Malformed)
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(crate) fn u8(&mut self) -> Result<u8, Malformed> {
         Ok(u8::from_be_bytes(self.array()?))
     }

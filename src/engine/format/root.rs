@@ -1,6 +1,7 @@
 //! The root record of a domain, rewritten in every commit; and the seal file that says how far the log reached.
 
 use super::codec::{Malformed, Reader, Writer};
+use crate::engine::keyservice::Position;
 
 const VERSION: u8 = 1;
 
@@ -47,16 +48,23 @@ impl RootRecord {
     }
 }
 
-/// The content of the seal file: the volume must hold every commit up to this one, or it lost some.
+/// The content of the seal file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SealRecord {
+    /// The volume must hold every commit up to this one, or it lost some.
     pub(crate) durable_seq: u64,
+    /// The KMS must have come this far, or it was put back. None until a mount has seen one.
+    pub(crate) kms: Option<Position>,
 }
 
 impl SealRecord {
     pub(crate) fn encode(self) -> Vec<u8> {
-        let mut out = Writer::with_capacity(9);
+        let mut out = Writer::with_capacity(81);
         out.u8(VERSION).u64(self.durable_seq);
+        if let Some(kms) = self.kms {
+            out.bytes(&kms.keystore).u64(kms.epoch).u64(kms.state_seq);
+            out.u64(kms.audit_records).bytes(&kms.audit_head);
+        }
         out.finish()
     }
 
@@ -65,10 +73,18 @@ impl SealRecord {
         if input.u8()? != VERSION {
             return Err(Malformed);
         }
-        let seal = Self {
-            durable_seq: input.u64()?,
+        let durable_seq = input.u64()?;
+        let kms = match input.is_empty() {
+            true => None,
+            false => Some(Position {
+                keystore: input.array()?,
+                epoch: input.u64()?,
+                state_seq: input.u64()?,
+                audit_records: input.u64()?,
+                audit_head: input.array()?,
+            }),
         };
         input.end()?;
-        Ok(seal)
+        Ok(Self { durable_seq, kms })
     }
 }

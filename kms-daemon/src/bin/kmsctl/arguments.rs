@@ -12,8 +12,8 @@ pub(crate) struct Arguments {
     /// kmsd's socket [default: $KMS_SOCKET, else $XDG_RUNTIME_DIR/kmsd/kmsd.sock, else /run/kmsd/kmsd.sock]
     #[arg(long, global = true, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
-    /// How long to wait for an answer
-    #[arg(long, global = true, value_name = "N", default_value_t = 30)]
+    /// How long to wait for an answer; a revocation may wait as long as mounts may take to go dark, and to be ended
+    #[arg(long, global = true, value_name = "N", default_value_t = 90)]
     pub(crate) timeout_seconds: u32,
     #[command(subcommand)]
     pub(crate) operation: Operation,
