@@ -8,6 +8,7 @@ use kms_api::{BATCH_ITEMS_MAX, EncryptionContext, KmsError};
 use kms_crypto::SecretKey;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tonic::Streaming;
 
@@ -71,6 +72,8 @@ pub struct Renewal {
 pub struct Session {
     connection: Arc<Connection>,
     key: SessionKey,
+    /// Up to which epoch kmsd was told that nothing is left.
+    acknowledged: AtomicU64,
 }
 
 impl Session {
@@ -97,7 +100,11 @@ impl Session {
         let key = pair
             .agree(Role::Client, id, array(&answer.server_public_key)?)
             .map_err(untrusted)?;
-        Ok(Self { connection, key })
+        Ok(Self {
+            connection,
+            key,
+            acknowledged: AtomicU64::new(0),
+        })
     }
 
     /// Makes a 32-byte data key for each context, wrapped under `key` (id, ARN or alias/NAME), all or none of them.
@@ -193,11 +200,15 @@ impl Session {
         })
     }
 
-    /// Says that nothing is left here of what was revoked up to `epoch`, in the kernel's caches neither.
+    /// Says that nothing is left here of what was revoked up to `epoch`, in the kernel's caches neither. Calls nobody if that
+    /// was said in this session before.
     ///
     /// # Errors
     /// `Rejected.SessionNotFound`, as [`ClientError::Kms`].
     pub fn acknowledge(&self, epoch: u64) -> Result<(), ClientError> {
+        if self.acknowledged.load(Ordering::Acquire) >= epoch {
+            return Ok(());
+        }
         self.connection.call_repeatably(|channel| {
             let request = proto::AcknowledgeRevocationRequest {
                 session_id: self.key.id().to_vec(),
@@ -209,6 +220,7 @@ impl Session {
                     .await
             }
         })?;
+        self.acknowledged.fetch_max(epoch, Ordering::AcqRel);
         Ok(())
     }
 
