@@ -3,7 +3,7 @@
 //! A revocation is over when every holder of the key has acknowledged it, was fenced, or is gone; `clearing` decides what is
 //! done to each. No lock of a key is held meanwhile: the key is stored as revoked by then, so that nobody becomes a holder.
 
-use super::clearing::{Cache, Clearing, Seen, Step};
+use super::clearing::{Cache, Cleared, Clearing, Seen, Step, takes_over};
 use super::sessions::{DRAIN_MAX_MS, Exit, Facts, Mount, Owner, Session, SessionId, Sessions};
 use super::{Engine, KeyEvent, failed, internal};
 use crate::fence::{Life, Process, Reach, may_be_mounted, within};
@@ -127,7 +127,8 @@ impl Engine {
     }
 
     /// Has a session of this kmsd answer for what the same process was given by an earlier one.
-    pub(super) fn take_over(&self, session: &Session, fits: impl Fn(&Mount) -> bool) -> Result<(), KmsError> {
+    pub(super) fn take_over(&self, session: &Session, attached: Option<u32>) -> Result<(), KmsError> {
+        let fits = |mount: &Mount| takes_over(attached, mount.minor);
         let left = self.sessions.left_behind_by(&session.facts, fits);
         if left.is_empty() {
             return Ok(());
@@ -160,7 +161,7 @@ impl Engine {
             reach: Some(reach),
         });
         self.store_holder(&session, &session.used(), &[])?;
-        self.take_over(&session, |mount| mount.minor.is_none_or(|old| old == minor))
+        self.take_over(&session, Some(minor))
     }
 
     /// Ends a session that holds nothing any more.
@@ -271,12 +272,12 @@ impl Engine {
                     continue;
                 }
                 Step::Done(cleared) => {
-                    tracing::info!(holder = %describe(holder), epoch, ?cleared, "a holder let go");
-                    if cleared == super::clearing::Cleared::Acknowledged {
+                    if cleared == Cleared::Acknowledged {
                         holder.note_cleared(epoch);
                     } else {
                         self.end_session(holder);
                     }
+                    tracing::info!(holder = %describe(holder), epoch, ?cleared, "a holder let go");
                     return Ok(());
                 }
                 Step::Stuck(stuck) => return Err(stuck.as_str()),
@@ -305,15 +306,10 @@ impl Engine {
     fn see(&self, holder: &Session, deadline: u64) -> Seen {
         // The exit first: what a living process does to its mount is seen by what is asked after it.
         let has_exited = holder.process().is_none_or(|process| process.has_exited());
-        let mount = holder.mount();
         Seen {
             acknowledged: holder.acknowledged(),
             has_exited,
-            cache: match (mount.reach, mount.minor) {
-                (Some(reach), _) if !reach.is_gone() => Cache::Reachable,
-                (None, Some(minor)) if may_be_mounted(minor) => Cache::OutOfReach,
-                _ => Cache::Nothing,
-            },
+            cache: cache_of(holder),
             is_overdue: self.clock.boot_ms() >= deadline,
         }
     }
@@ -327,6 +323,12 @@ impl Engine {
             revocation_epoch: epoch,
         });
     }
+}
+
+/// What the kernel may cache of a holder's mount.
+fn cache_of(holder: &Session) -> Cache {
+    let Mount { minor, reach } = holder.mount();
+    Cache::of(reach.map(|reach| reach.is_gone()), minor, may_be_mounted)
 }
 
 /// Does something to a mount's cache that may block in the kernel for ever. Whether it was done.
