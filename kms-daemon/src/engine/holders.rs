@@ -92,6 +92,8 @@ impl Engine {
     /// Makes a session a holder of `keys`, durably, before anything under them leaves. The caller holds the keys' read
     /// locks, so that a revocation sees it or it sees the revocation.
     pub(super) fn register(&self, session: &Session, keys: &BTreeSet<Uuid>) -> Result<(), KmsError> {
+        let _row = session.row.lock();
+        session.must_go_on()?;
         session.add_used(keys, |all| self.store_holder(session, all, &[]))
     }
 
@@ -126,7 +128,7 @@ impl Engine {
         stored.map_err(failed)
     }
 
-    /// Has a session of this kmsd answer for what the same process was given by an earlier one.
+    /// Has a session of this kmsd answer for what the same process was given by an earlier one. The caller holds its `row`.
     pub(super) fn take_over(&self, session: &Session, attached: Option<u32>) -> Result<(), KmsError> {
         let fits = |mount: &Mount| takes_over(attached, mount.minor);
         let left = self.sessions.left_behind_by(&session.facts, fits);
@@ -156,6 +158,9 @@ impl Engine {
         let session = self
             .sessions
             .get(session, Owner { uid, pid }, self.clock.boot_ms())?;
+        let _row = session.row.lock();
+        // Its process may have ended: what is taken over now would not be seen to.
+        session.must_go_on()?;
         session.set_mount(Mount {
             minor: Some(minor),
             reach: Some(reach),
@@ -164,7 +169,7 @@ impl Engine {
         self.take_over(&session, Some(minor))
     }
 
-    /// Ends a session that holds nothing any more.
+    /// Ends a session that holds nothing any more. The caller holds its `row`.
     pub(super) fn end_session(&self, session: &Session) {
         self.sessions.remove(session);
         let mut change = self.store.begin();
@@ -275,6 +280,11 @@ impl Engine {
                     if cleared == Cleared::Acknowledged {
                         holder.note_cleared(epoch);
                     } else {
+                        let _row = holder.row.lock();
+                        // Its mount may have been attached since, and what others left taken over with it.
+                        if clearing.next(&self.see(holder, deadline)) != step {
+                            continue;
+                        }
                         self.end_session(holder);
                     }
                     tracing::info!(holder = %describe(holder), epoch, ?cleared, "a holder let go");
