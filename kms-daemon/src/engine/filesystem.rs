@@ -217,8 +217,7 @@ impl Engine {
     /// `Rejected.SessionNotFound`
     pub(crate) fn close_session(&self, call: &Call, session: &[u8]) -> Result<(), KmsError> {
         let session = self.session(call, session)?;
-        let _row = session.row.lock();
-        self.end_session(&session);
+        self.closed(&session);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::sessions::{Facts, Mount, Owner, Session, SessionId};
 use super::tests::{create, engine, run};
-use super::Engine;
+use super::{Call, Engine, Principal};
 use crate::fence::{Life, Reach};
 use kms_api::Code;
 use kms_api::session::{KeyPair, Role};
@@ -68,6 +68,34 @@ fn open(engine: &Engine, id: [u8; 16], process: Arc<Mortal>) -> Arc<Session> {
         .unwrap();
     let session = Session::new(key, facts(), process, 0);
     engine.sessions.insert(session, 0).unwrap()
+}
+
+fn owners_call() -> Call {
+    let principal = Principal {
+        uid: OWNER.uid,
+        gid: 1,
+        pid: OWNER.pid,
+        exe: String::new(),
+    };
+    Call::new(principal, "CloseSession").unwrap()
+}
+
+#[test]
+fn a_session_closed_while_its_mount_is_there_is_a_holder_until_that_is_gone() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = engine(home.path());
+    let key = create(&engine);
+    let session = open(&engine, [1; 16], Arc::default());
+    engine.register(&session, &BTreeSet::from([key])).unwrap();
+    engine
+        .attach((OWNER.uid, OWNER.pid), &session.id, MINOR, Arc::new(Stubborn))
+        .unwrap();
+    engine.close_session(&owners_call(), &session.id).unwrap();
+    assert_eq!(engine.sessions.holders(Some(key)).len(), 1);
+    session.set_mount(Mount::default());
+    engine.close_session(&owners_call(), &session.id).unwrap();
+    assert!(engine.sessions.holders(Some(key)).is_empty());
+    assert!(engine.register(&session, &BTreeSet::from([key])).is_err());
 }
 
 /// The descriptors of a mount that is gone. While they say so, others are attached to the session.

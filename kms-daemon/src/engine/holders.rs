@@ -169,8 +169,19 @@ impl Engine {
         self.take_over(&session, Some(minor))
     }
 
+    /// Ends a session whose mount is gone, as its process says. Where the kernel may cache something still, that word is not
+    /// enough, since a connection can end before the mount does (umount -f): the end of the process ends the session.
+    pub(super) fn closed(&self, session: &Session) {
+        let _row = session.row.lock();
+        if cache_of(session) == Cache::Nothing {
+            self.end_session(session);
+        } else {
+            tracing::info!(holder = %describe(session), "a closed session waits for its process to end, since its mount is there");
+        }
+    }
+
     /// Ends a session that holds nothing any more. The caller holds its `row`.
-    pub(super) fn end_session(&self, session: &Session) {
+    fn end_session(&self, session: &Session) {
         self.sessions.remove(session);
         let mut change = self.store.begin();
         let removed = change
