@@ -208,6 +208,11 @@ impl Engine {
         cleared.is_ok()
     }
 
+    /// Whether there is such a session, left behind or not.
+    pub(crate) fn knows(&self, id: SessionId) -> bool {
+        self.sessions.any(id).is_some()
+    }
+
     /// What an earlier kmsd left behind, to be watched: the exits of processes that are alive, and at once those of others.
     pub(crate) fn left_behind(&self) -> Vec<Exit> {
         let sessions = self.sessions.holders(None);
