@@ -17,6 +17,8 @@ mod cryptography;
 mod destruction;
 #[cfg(test)]
 mod destruction_tests;
+#[cfg(test)]
+mod explorer;
 mod filesystem;
 #[cfg(test)]
 mod holder_tests;
