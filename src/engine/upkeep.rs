@@ -54,8 +54,6 @@ struct KeyWatch {
     lease: Lease,
     /// Content was stored since the last renewal, because there may not be another.
     is_flushed: bool,
-    /// The revocation epoch up to which the KMS was told that all is gone.
-    acknowledged: u64,
 }
 
 /// Which threads are started.
@@ -164,7 +162,6 @@ fn watch_key(core: &Core, lease: Lease) {
     let mut watch = KeyWatch {
         lease,
         is_flushed: false,
-        acknowledged: 0,
     };
     while core.key_bell.wait(core.options.key_poll_interval) == Wake::Work {
         let poll = AssertUnwindSafe(|| core.poll_key(&mut watch));
@@ -298,11 +295,9 @@ impl Core {
             }) => {
                 // An answer that says no, for whatever reason, is no leave to go on.
                 self.darken(state_after(&error).unwrap_or(KeyState::Revoked));
-                if watch.acknowledged < epoch {
-                    match self.keyring.acknowledge(epoch) {
-                        Ok(()) => watch.acknowledged = epoch,
-                        Err(error) => tracing::warn!(%error, "the KMS was not told that the volume is dark"),
-                    }
+                // Each time: a KMS that was started anew has not heard it, and would end this process.
+                if let Err(error) = self.keyring.acknowledge(epoch) {
+                    tracing::warn!(%error, "the KMS was not told that the volume is dark");
                 }
             }
             Err(error) => match state_after(&error) {

@@ -19,6 +19,16 @@ fn state_becomes(volume: &Volume, state: KeyState) {
 }
 
 #[test]
+fn a_kms_that_was_started_anew_is_told_as_well_that_the_volume_is_dark() {
+    let fixture = Fixture::new();
+    let _volume = fixture.open();
+    let epoch = fixture.kms.set(Answer::Disabled);
+    eventually(|| fixture.kms.acknowledged() == epoch);
+    fixture.kms.restart();
+    eventually(|| fixture.kms.acknowledged() == epoch);
+}
+
+#[test]
 fn a_disabled_key_darkens_the_volume_and_an_enabled_one_brings_everything_back() {
     let fixture = Fixture::new();
     let volume = fixture.open();

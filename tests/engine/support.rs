@@ -69,6 +69,11 @@ impl FakeKms {
         self.acknowledged.load(Ordering::SeqCst)
     }
 
+    /// It is another now, that has heard nothing.
+    pub fn restart(&self) {
+        self.acknowledged.store(0, Ordering::SeqCst);
+    }
+
     /// Calls that issued or opened keys.
     pub fn calls(&self) -> u64 {
         self.issues.load(Ordering::SeqCst) + self.opens.load(Ordering::SeqCst)

@@ -8,6 +8,7 @@ use kms_api::{BATCH_ITEMS_MAX, EncryptionContext, KmsError};
 use kms_crypto::SecretKey;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tonic::Streaming;
 
@@ -102,6 +103,8 @@ pub struct Session {
     connection: Arc<Connection>,
     key: SessionKey,
     position: Position,
+    /// Up to which epoch kmsd was told that nothing is left.
+    acknowledged: AtomicU64,
 }
 
 impl Session {
@@ -138,6 +141,7 @@ impl Session {
             connection,
             key,
             position: Position::of(answer.position)?,
+            acknowledged: AtomicU64::new(0),
         })
     }
 
@@ -235,11 +239,15 @@ impl Session {
         })
     }
 
-    /// Says that nothing is left here of what was revoked up to `epoch`, in the kernel's caches neither.
+    /// Says that nothing is left here of what was revoked up to `epoch`, in the kernel's caches neither. Calls nobody if that
+    /// was said in this session before.
     ///
     /// # Errors
     /// `Rejected.SessionNotFound`, as [`ClientError::Kms`].
     pub fn acknowledge(&self, epoch: u64) -> Result<(), ClientError> {
+        if self.acknowledged.load(Ordering::Acquire) >= epoch {
+            return Ok(());
+        }
         self.connection.call_repeatably(|channel| {
             let request = proto::AcknowledgeRevocationRequest {
                 session_id: self.key.id().to_vec(),
@@ -251,6 +259,7 @@ impl Session {
                     .await
             }
         })?;
+        self.acknowledged.fetch_max(epoch, Ordering::AcqRel);
         Ok(())
     }
 

@@ -1,5 +1,5 @@
 //! How one holder of data keys is made to let go of them: the decisions alone, so that every interleaving can be tried
-//! (see `tests/explorer`). `holders` sees, and does what is decided.
+//! (see `explorer`). `holders` sees, and does what is decided.
 
 /// What is known of a holder at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,6 +23,28 @@ pub(crate) enum Cache {
     Reachable,
     /// Anything, and kmsd has none: it was started anew, and the mount has not handed it another.
     OutOfReach,
+}
+
+impl Cache {
+    /// By the descriptor that kmsd has of the mount, which knows whether the superblock is gone, else by the number of the
+    /// mount's device, which another mount may have come to have.
+    pub(crate) fn of<M: Copy>(
+        reach_is_gone: Option<bool>,
+        minor: Option<M>,
+        may_be_mounted: impl FnOnce(M) -> bool,
+    ) -> Self {
+        match (reach_is_gone, minor) {
+            (Some(false), _) => Self::Reachable,
+            (None, Some(minor)) if may_be_mounted(minor) => Self::OutOfReach,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+/// Whether a session of the same process answers for one that was left behind: at once if that never had a mount, else
+/// with the descriptors of the same mount. `attached` is the device of what was handed over just now.
+pub(crate) fn takes_over<M: PartialEq>(attached: Option<M>, left: Option<M>) -> bool {
+    left.is_none() || left == attached
 }
 
 /// What is to be done next.

@@ -89,7 +89,9 @@ impl Engine {
         let session = Session::new(key, facts, process, boot_ms);
         let session = self.sessions.insert(session, boot_ms)?;
         // What is mounted is taken over with the mount's descriptors.
-        self.take_over(&session, |mount| mount.minor.is_none())?;
+        let row = session.row.lock();
+        self.take_over(&session, None)?;
+        drop(row);
         let opened = OpenedSession {
             id,
             server_public,
@@ -215,7 +217,7 @@ impl Engine {
     /// `Rejected.SessionNotFound`
     pub(crate) fn close_session(&self, call: &Call, session: &[u8]) -> Result<(), KmsError> {
         let session = self.session(call, session)?;
-        self.end_session(&session);
+        self.closed(&session);
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 //! A revocation is over when every holder of the key has acknowledged it, was fenced, or is gone; `clearing` decides what is
 //! done to each. No lock of a key is held meanwhile: the key is stored as revoked by then, so that nobody becomes a holder.
 
-use super::clearing::{Cache, Clearing, Seen, Step};
+use super::clearing::{Cache, Cleared, Clearing, Seen, Step, takes_over};
 use super::sessions::{DRAIN_MAX_MS, Exit, Facts, Mount, Owner, Session, SessionId, Sessions};
 use super::{Engine, KeyEvent, failed, internal};
 use crate::fence::{Life, Process, Reach, may_be_mounted, within};
@@ -92,6 +92,8 @@ impl Engine {
     /// Makes a session a holder of `keys`, durably, before anything under them leaves. The caller holds the keys' read
     /// locks, so that a revocation sees it or it sees the revocation.
     pub(super) fn register(&self, session: &Session, keys: &BTreeSet<Uuid>) -> Result<(), KmsError> {
+        let _row = session.row.lock();
+        session.must_go_on()?;
         session.add_used(keys, |all| self.store_holder(session, all, &[]))
     }
 
@@ -126,8 +128,9 @@ impl Engine {
         stored.map_err(failed)
     }
 
-    /// Has a session of this kmsd answer for what the same process was given by an earlier one.
-    pub(super) fn take_over(&self, session: &Session, fits: impl Fn(&Mount) -> bool) -> Result<(), KmsError> {
+    /// Has a session of this kmsd answer for what the same process was given by an earlier one. The caller holds its `row`.
+    pub(super) fn take_over(&self, session: &Session, attached: Option<u32>) -> Result<(), KmsError> {
+        let fits = |mount: &Mount| takes_over(attached, mount.minor);
         let left = self.sessions.left_behind_by(&session.facts, fits);
         if left.is_empty() {
             return Ok(());
@@ -156,16 +159,30 @@ impl Engine {
         let session = self
             .sessions
             .get(session, Owner { uid, pid }, self.clock.boot_ms())?;
+        let _row = session.row.lock();
+        // Its process may have ended: what is taken over now would not be seen to.
+        session.must_go_on()?;
         session.set_mount(Mount {
             minor: Some(minor),
             reach: Some(reach),
         });
-        session.add_and_store(&BTreeSet::new(), |all| self.store_holder(&session, all, &[]))?;
-        self.take_over(&session, |mount| mount.minor.is_none_or(|old| old == minor))
+        self.store_holder(&session, &session.used(), &[])?;
+        self.take_over(&session, Some(minor))
     }
 
-    /// Ends a session that holds nothing any more.
-    pub(super) fn end_session(&self, session: &Session) {
+    /// Ends a session whose mount is gone, as its process says. Where the kernel may cache something still, that word is not
+    /// enough, since a connection can end before the mount does (umount -f): the end of the process ends the session.
+    pub(super) fn closed(&self, session: &Session) {
+        let _row = session.row.lock();
+        if cache_of(session) == Cache::Nothing {
+            self.end_session(session);
+        } else {
+            tracing::info!(holder = %describe(session), "a closed session waits for its process to end, since its mount is there");
+        }
+    }
+
+    /// Ends a session that holds nothing any more. The caller holds its `row`.
+    fn end_session(&self, session: &Session) {
         self.sessions.remove(session);
         let mut change = self.store.begin();
         let removed = change
@@ -190,6 +207,11 @@ impl Engine {
             tracing::warn!(holder = %describe(&session), why, "the mount of an ended process may still show what it cached");
         });
         cleared.is_ok()
+    }
+
+    /// Whether there is such a session, left behind or not.
+    pub(crate) fn knows(&self, id: SessionId) -> bool {
+        self.sessions.any(id).is_some()
     }
 
     /// What an earlier kmsd left behind, to be watched: the exits of processes that are alive, and at once those of others.
@@ -272,12 +294,17 @@ impl Engine {
                     continue;
                 }
                 Step::Done(cleared) => {
-                    tracing::info!(holder = %describe(holder), epoch, ?cleared, "a holder let go");
-                    if cleared == super::clearing::Cleared::Acknowledged {
+                    if cleared == Cleared::Acknowledged {
                         holder.note_cleared(epoch);
                     } else {
+                        let _row = holder.row.lock();
+                        // Its mount may have been attached since, and what others left taken over with it.
+                        if clearing.next(&self.see(holder, deadline)) != step {
+                            continue;
+                        }
                         self.end_session(holder);
                     }
+                    tracing::info!(holder = %describe(holder), epoch, ?cleared, "a holder let go");
                     return Ok(());
                 }
                 Step::Stuck(stuck) => return Err(stuck.as_str()),
@@ -313,15 +340,10 @@ impl Engine {
     fn see(&self, holder: &Session, deadline: u64) -> Seen {
         // The exit first: what a living process does to its mount is seen by what is asked after it.
         let has_exited = holder.process().is_none_or(|process| process.has_exited());
-        let mount = holder.mount();
         Seen {
             acknowledged: holder.acknowledged(),
             has_exited,
-            cache: match (mount.reach, mount.minor) {
-                (Some(reach), _) if !reach.is_gone() => Cache::Reachable,
-                (None, Some(minor)) if may_be_mounted(minor) => Cache::OutOfReach,
-                _ => Cache::Nothing,
-            },
+            cache: cache_of(holder),
             is_overdue: self.clock.boot_ms() >= deadline,
         }
     }
@@ -335,6 +357,12 @@ impl Engine {
             revocation_epoch: epoch,
         });
     }
+}
+
+/// What the kernel may cache of a holder's mount.
+fn cache_of(holder: &Session) -> Cache {
+    let Mount { minor, reach } = holder.mount();
+    Cache::of(reach.map(|reach| reach.is_gone()), minor, may_be_mounted)
 }
 
 /// Does something to a mount's cache that may block in the kernel for ever. Whether it was done.

@@ -3,7 +3,8 @@
 //! Every call goes through [`Engine::run`], which writes its audit record before the answer leaves. Locks are taken in
 //! this order: a key's turn (`holders`), aliases, one key's state (several: in the order of their ids), the manifest, then
 //! leaves, of which none is held while another is taken: the observed time, the cached materials, the offers of import, the
-//! sessions, the store's own. A session's `clearing` is taken under a key's turn alone. Whoever writes a row of a key
+//! sessions, the store's own. A session's `clearing` is
+//! taken under a key's turn alone, its `row` under `clearing` or a key's read lock, and leaves under that. Whoever writes a row of a key
 //! holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so every change waits for
 //! that; the keys that die are locked from before their intent is recorded until they are Destroyed. A call that uses a
 //! key holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
@@ -16,7 +17,11 @@ mod cryptography;
 mod destruction;
 #[cfg(test)]
 mod destruction_tests;
+#[cfg(test)]
+mod explorer;
 mod filesystem;
+#[cfg(test)]
+mod holder_tests;
 mod holders;
 mod import;
 #[cfg(test)]

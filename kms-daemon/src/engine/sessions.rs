@@ -40,6 +40,9 @@ pub(super) struct Session {
     heard_boot_ms: AtomicU64,
     acknowledged_epoch: AtomicU64,
     mount: Mutex<Mount>,
+    /// Held by whoever writes or deletes its row, and from before that to after what goes with it in memory: so that it does
+    /// not end while something is added to it.
+    pub(super) row: Mutex<()>,
     /// Held by whoever makes it let go.
     pub(super) clearing: Mutex<()>,
     /// Up to which epoch it was made to let go.
@@ -119,6 +122,7 @@ impl Session {
             heard_boot_ms: AtomicU64::new(boot_ms),
             acknowledged_epoch: AtomicU64::new(0),
             mount: Mutex::default(),
+            row: Mutex::default(),
             clearing: Mutex::default(),
             cleared_epoch: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
@@ -202,6 +206,12 @@ impl Session {
     /// Whether it holds nothing any more, or another session of the same process has taken over what it holds.
     pub(super) fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Acquire)
+    }
+
+    /// # Errors
+    /// `Rejected.SessionNotFound` once it is over.
+    pub(super) fn must_go_on(&self) -> Result<(), KmsError> {
+        if self.is_over() { Err(unknown()) } else { Ok(()) }
     }
 
     pub(super) fn is_left_behind(&self) -> bool {

@@ -34,7 +34,7 @@ fn clock() -> Arc<TestClock> {
     Arc::new(TestClock(AtomicI64::new(1_000_000_000_000)))
 }
 
-fn engine(home: &Path) -> Engine {
+pub(super) fn engine(home: &Path) -> Engine {
     let placement = Placement {
         region: "r".to_owned(),
         account: "1".to_owned(),

@@ -10,7 +10,7 @@ pub(crate) use process::Process;
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 /// A mount's cached pages, and its connection, as kmsd reaches them. Calls may block in the kernel.
@@ -62,10 +62,7 @@ pub(crate) fn within<T: Send + 'static>(
         tracing::error!(%error, "no thread to fence a mount with");
         return None;
     }
-    match receiver.recv_timeout(limit) {
-        Ok(outcome) => Some(outcome),
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-    }
+    receiver.recv_timeout(limit).ok()
 }
 
 /// Whether a filesystem lives on the anonymous device 0:`minor`: its backing device is registered for as long as its

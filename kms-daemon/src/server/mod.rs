@@ -76,8 +76,13 @@ pub enum ServeError {
 pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let kept = kept::taken_back();
     // The keystore's lock is taken first: it decides whether what lies at the socket's path may be replaced.
+    let sessions: Vec<_> = kept.keys().copied().collect();
     let engine = Engine::open_with(&options.home, options.keeper, Arc::new(SystemClock), kept)?;
     let engine = Arc::new(engine);
+    // What is kept for nobody would hold a dead mount's connection open, and its programs up, until the host stops.
+    for session in sessions.into_iter().filter(|&session| !engine.knows(session)) {
+        kept::forget(session);
+    }
     let (socket, socket_mode) = (options.socket.as_path(), options.socket_mode);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -5,6 +5,7 @@ use base64::prelude::BASE64_STANDARD;
 use kms_client::Client;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -263,12 +264,26 @@ pub fn copy(from: &Path, to: &Path) {
 
 /// Whether any file under `directory` holds `needle`.
 pub fn holds(directory: &Path, needle: &[u8]) -> bool {
+    any_file(directory, &mut |content| {
+        content.windows(needle.len()).any(|window| window == needle)
+    })
+}
+
+/// Whether any file under `directory` holds one of many keys.
+pub fn holds_any(directory: &Path, keys: &[[u8; 32]]) -> bool {
+    // By their beginnings: eight bytes that meet by chance would be a failure to look into.
+    let beginnings: HashSet<&[u8]> = keys.iter().map(|key| &key[..8]).collect();
+    any_file(directory, &mut |content| {
+        content.windows(8).any(|window| beginnings.contains(window))
+    })
+}
+
+fn any_file(directory: &Path, is_it: &mut dyn FnMut(&[u8]) -> bool) -> bool {
     directory.read_dir().unwrap().any(|entry| {
         let path = entry.unwrap().path();
-        if path.is_dir() {
-            return holds(&path, needle);
+        match path.is_dir() {
+            true => any_file(&path, is_it),
+            false => is_it(&std::fs::read(path).unwrap()),
         }
-        let content = std::fs::read(path).unwrap();
-        content.windows(needle.len()).any(|window| window == needle)
     })
 }
