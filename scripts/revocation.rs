@@ -1231,7 +1231,11 @@ fn run() -> Result<()> {
             let mut herd = Herd::start(&world, *members == "all")?;
             println!("done ready");
             for line in std::io::stdin().lines() {
-                match herd.obey(&line?) {
+                let line = line?;
+                if line == "end" {
+                    break;
+                }
+                match herd.obey(&line) {
                     Ok(said) => println!("done {said}"),
                     Err(error) => println!("failed {error}"),
                 }

@@ -23,11 +23,12 @@ done
 [[ $EUID -eq 0 ]] || die "ending the mounts of a kmsd by force is tried as root"
 # What the mount has to go dark before it is ended, where it is to be ended.
 SHORT=(-o drain_max_ms=100)
-HERD_PID=""
+HERDER=""
 
 step "install what is missing, and build"
 scripts/setup.sh
 build
+# shellcheck disable=SC2119
 scratch_begin
 # In memory: what is logged there is not to compete for the disk.
 STATE="$(mktemp -d /dev/shm/cmkfs-revocation.XXXXXX)"
@@ -49,7 +50,7 @@ herd_start() {
     export MOUNT_PID KMSD_PID
     coproc HERD { exec "$SCRATCH/revocation" herd "$1" 9>&-; }
     exec {HERD_IN}>&"${HERD[1]}" {HERD_OUT}<&"${HERD[0]}"
-    HERD_PID="$COPROC_PID"
+    HERDER="$HERD_PID"
     herd_answers 120
 }
 
@@ -77,10 +78,16 @@ herd() {
 }
 
 herd_stop() {
-    [[ -n "$HERD_PID" ]] || return 0
+    [[ -n "$HERDER" ]] || return 0
+    # What was started meanwhile has copies of these pipes: closing them says nothing.
+    { printf 'end\n' >&"$HERD_IN"; } 2>/dev/null && within 10 herd_ended
     exec {HERD_IN}>&- {HERD_OUT}<&-
-    end_process "$HERD_PID"
-    HERD_PID=""
+    end_process "$HERDER"
+    HERDER=""
+}
+
+herd_ended() {
+    [[ "$(process_state "$HERDER")" =~ ^(Z|)$ ]]
 }
 
 step "fill a volume: $INODES files, and $CONTENT_MIB MiB"
@@ -103,6 +110,12 @@ volume_mount
 "$SCRATCH/revocation" verify unmounted
 held "everything is there after a remount, too"
 
+# SIGKILL, to a child of this script.
+put_down() {
+    kill -KILL "$1"
+    wait "$1" 2>/dev/null || true
+}
+
 # One fault: $1. The key is enabled, the volume mounted and held by readers before; nothing is thereafter.
 fault() {
     local what="$1" pid
@@ -112,23 +125,20 @@ fault() {
     sleep "0.$((RANDOM % 3))$((RANDOM % 10))"
     case "$what" in
     stop) kill -STOP "$pid" ;;
-    kill) kill -KILL "$pid" ;;
+    kill) put_down "$pid" ;;
     lazy) umount -l "$MNT" ;;
     restart)
-        kill -KILL "$KMSD_PID"
-        kmsd_stop
+        put_down "$KMSD_PID"
         kmsd_start
         ;;
     stop-restart)
         kill -STOP "$pid"
-        kill -KILL "$KMSD_PID"
-        kmsd_stop
+        put_down "$KMSD_PID"
         kmsd_start
         ;;
     kill-restart)
-        kill -KILL "$KMSD_PID"
-        kmsd_stop
-        kill -KILL "$pid"
+        put_down "$KMSD_PID"
+        put_down "$pid"
         kmsd_start
         ;;
     silent)
@@ -164,7 +174,7 @@ fault() {
         ;;
     esac
     within 60 mount_ended || die "$what: the mount's daemon does not end"
-    wait "$MOUNT_PID" || true
+    wait "$MOUNT_PID" 2>/dev/null || true
     MOUNT_PID=""
 }
 

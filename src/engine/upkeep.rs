@@ -3,6 +3,7 @@
 //! may wait.
 
 use super::bell::Wake;
+use super::clock::Clock;
 use super::core::{Access, Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
@@ -56,6 +57,38 @@ struct KeyWatch {
     is_flushed: bool,
     /// The revocation epoch up to which the KMS was told that all is gone.
     acknowledged: u64,
+}
+
+/// How long the steps of going dark took, for the log.
+struct Laps<'c> {
+    clock: &'c dyn Clock,
+    began: Instant,
+    last: Instant,
+    steps: String,
+}
+
+impl<'c> Laps<'c> {
+    fn begin(clock: &'c dyn Clock) -> Self {
+        let now = clock.monotonic();
+        Self {
+            clock,
+            began: now,
+            last: now,
+            steps: String::new(),
+        }
+    }
+
+    fn end(&mut self, step: &str) {
+        let now = self.clock.monotonic();
+        let took = now.saturating_duration_since(self.last).as_millis();
+        self.last = now;
+        let comma = if self.steps.is_empty() { "" } else { ", " };
+        self.steps.push_str(&format!("{comma}{step} in {took}"));
+    }
+
+    fn took(&self) -> Duration {
+        self.last.saturating_duration_since(self.began)
+    }
 }
 
 /// Which threads are started.
@@ -374,8 +407,9 @@ impl Core {
     /// Live -> dark, in the order that docs/ARCHITECTURE.md gives.
     fn revoke(&self, state: KeyState) {
         tracing::warn!(?state, "the key may not be used any more; the volume goes dark");
-        let began = self.clock.monotonic();
+        let mut laps = Laps::begin(&*self.clock);
         self.keyring.begin_draining();
+        laps.end("refused");
         std::thread::scope(|scope| {
             let (done, is_done) = std::sync::mpsc::channel::<()>();
             scope.spawn(move || {
@@ -385,6 +419,7 @@ impl Core {
                 }
             });
             self.purge();
+            laps.end("purged");
             if !self.options.read_only
                 && let Err(error) = self.publish_all()
             {
@@ -392,6 +427,7 @@ impl Core {
             }
             drop(done);
         });
+        laps.end("stored");
         self.keyring.go_dark(state, |admission| {
             if self.options.read_only {
                 return;
@@ -403,9 +439,13 @@ impl Core {
                 tracing::error!(%error, "content written before the revocation is lost");
             }
         });
-        self.forget_secrets();
-        let took = self.clock.monotonic().saturating_duration_since(began);
-        tracing::info!(took_ms = took.as_millis(), "the volume is dark");
+        laps.end("shut");
+        self.forget_secrets(&mut laps);
+        tracing::info!(
+            took_ms = laps.took().as_millis(),
+            steps_ms = laps.steps,
+            "the volume is dark"
+        );
     }
 
     /// -> dark without an attempt to store anything more.
@@ -417,7 +457,7 @@ impl Core {
             tracing::error!(%error, "content written before is lost");
         }
         self.lose_pending();
-        self.forget_secrets();
+        self.forget_secrets(&mut Laps::begin(&*self.clock));
     }
 
     /// What is not stored goes with the nodes: no later fsync of those files may claim otherwise (rule R6).
@@ -432,17 +472,20 @@ impl Core {
     }
 
     /// Drops what was decrypted, here and in the kernel, once the gate is shut.
-    fn forget_secrets(&self) {
+    fn forget_secrets(&self, laps: &mut Laps<'_>) {
         // No operation is under way, and none begins: nothing refers to these any more.
         self.active.clear();
         self.nodes.clear();
         self.chunks.clear();
         self.nursery.clear();
+        laps.end("forgot");
         self.purge();
+        laps.end("purged again");
         let observer = self.observer.lock().clone();
         if let Some(observer) = observer {
             observer.wipe();
         }
+        laps.end("wiped");
     }
 
     fn purge(&self) {
