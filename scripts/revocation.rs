@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{env, process, ptr, slice, thread};
 
@@ -312,13 +312,13 @@ impl Log {
         self.words[0].load(Ordering::Acquire)
     }
 
-    /// What was logged since this was last asked.
-    fn drain(&self, mut each: impl FnMut(&Entry)) {
-        let (from, to) = (self.words[1].load(Ordering::Relaxed), self.count());
-        for number in from..to {
+    /// Adds what was logged since this was last asked.
+    fn drain(&self, to: &mut Vec<Entry>) {
+        let (from, until) = (self.words[1].load(Ordering::Relaxed), self.count());
+        for number in from..until {
             let place = LOG_ENTRIES + (number % RING) as usize * 2;
             let packed = self.words[place + 1].load(Ordering::Relaxed);
-            each(&Entry {
+            to.push(Entry {
                 begin: self.words[place].load(Ordering::Relaxed),
                 what: if (packed >> 16) & 0xff == 0 {
                     What::Access
@@ -328,7 +328,7 @@ impl Log {
                 errno: (packed & 0xffff) as u32,
             });
         }
-        self.words[1].store(to, Ordering::Release);
+        self.words[1].store(until, Ordering::Release);
     }
 }
 
@@ -797,7 +797,29 @@ fn verify_when_lit(world: &World, role: Role) -> Result<Findings> {
 struct Member {
     role: Role,
     log: Log,
+    entries: Arc<Mutex<Vec<Entry>>>,
     process: Child,
+}
+
+impl Member {
+    /// What it has logged since this was last asked.
+    fn entries(&self) -> Vec<Entry> {
+        let mut entries = lock(&self.entries);
+        self.log.drain(&mut entries);
+        std::mem::take(&mut entries)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps logs from getting full.
+fn collect(log: Log, entries: &Mutex<Vec<Entry>>) {
+    loop {
+        log.drain(&mut lock(entries));
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// When the key was disabled and enabled.
@@ -863,7 +885,15 @@ impl Herd {
             if line != "ready\n" {
                 return Err(Error::other(format!("the {role:?} process did not begin")));
             }
-            members.push(Member { role, log, process });
+            let entries = Arc::<Mutex<Vec<Entry>>>::default();
+            let collected = Arc::clone(&entries);
+            thread::spawn(move || collect(log, &collected));
+            members.push(Member {
+                entries,
+                role,
+                log,
+                process,
+            });
         }
         let deadline_s = Arc::default();
         let pids: Vec<(String, u32)> = members
@@ -927,7 +957,7 @@ impl Herd {
     fn count(&mut self, times: Times) -> u64 {
         let mut violations = 0;
         for member in &self.members {
-            member.log.drain(|entry| {
+            for entry in member.entries() {
                 let phase = times.phase(entry.begin);
                 if entry.errno == 0 && entry.what == What::Access && phase == Phase::Dark {
                     violations += 1;
@@ -943,7 +973,7 @@ impl Herd {
                     .counts
                     .entry((member.role, entry.what, phase, entry.errno))
                     .or_default() += 1;
-            });
+            }
         }
         violations
     }
@@ -1122,9 +1152,8 @@ impl Herd {
         let mut waiting: Vec<bool> = self.members.iter().map(|_| true).collect();
         while waiting.contains(&true) {
             for (member, waits) in self.members.iter().zip(&mut waiting) {
-                member
-                    .log
-                    .drain(|entry| *waits &= entry.errno != 0 || entry.begin < enabled);
+                let lit = |entry: &Entry| entry.errno == 0 && entry.begin >= enabled;
+                *waits &= !member.entries().iter().any(lit);
             }
             thread::sleep(Duration::from_millis(1));
         }
