@@ -14,7 +14,7 @@ use super::seal;
 use super::space::Room;
 use super::sync::before_purge;
 use super::types::Ino;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -28,6 +28,9 @@ const TICK_MAX: Duration = Duration::from_secs(1);
 pub(crate) const RENEWAL_MAX: Duration = Duration::from_secs(5);
 /// And so long in any case, so that an answer is heard once the KMS is back.
 const RENEWAL_MIN: Duration = Duration::from_millis(500);
+
+/// So many files are stored at once when the volume goes dark.
+const PUBLISHERS: usize = 8;
 
 /// How long the compacting thread waits if nothing rings.
 const COMPACT_MAX: Duration = Duration::from_secs(60);
@@ -277,22 +280,47 @@ impl Core {
         self.publish_each(|access, node| access.publish(node))
     }
 
+    /// The same, several files at once: it waits for the host's storage most of the time, and somebody waits for it.
+    fn publish_all_at_once(&self) -> Result<()> {
+        let inodes = self.active.inodes();
+        let share = inodes.len().div_ceil(PUBLISHERS).max(1);
+        let published = std::thread::scope(|scope| {
+            let threads: Vec<_> = inodes
+                .chunks(share)
+                .map(|inodes| scope.spawn(|| self.for_each(inodes, |access, node| access.publish(node))))
+                .collect();
+            threads.into_iter().fold(Ok(()), |outcome, thread| {
+                outcome.and(thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            })
+        });
+        published.and(self.sync_and_seal())
+    }
+
     fn publish_each(&self, publish: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
-        let mut outcome = self.for_active(publish);
+        let outcome = self.for_active(publish);
+        outcome.and(self.sync_and_seal())
+    }
+
+    /// Makes the log durable, and notes how far it reached.
+    fn sync_and_seal(&self) -> Result<()> {
         self.committer.sync_to(self.committer.committed())?;
         let access = self.drain()?;
         match seal::advance(&self.dir, access.keys(), self.committer.durable(), &self.sealed) {
             // It says less than it might; what it vouches for is in the log.
             Err(error) if error.is_no_room() => tracing::warn!(%error, "the seal file stays behind"),
-            sealed => outcome = outcome.and(sealed),
+            sealed => sealed?,
         }
-        outcome
+        Ok(())
     }
 
     /// Does something with each active file. One that fails does not keep the others from it.
     pub(crate) fn for_active(&self, work: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
+        self.for_each(&self.active.inodes(), work)
+    }
+
+    fn for_each(&self, inodes: &[Ino], work: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
         let mut outcome = Ok(());
-        for ino in self.active.inodes() {
+        for &ino in inodes {
             // No node is held without access: after a revocation there are others.
             let access = self.drain()?;
             let Some(node) = self.active.get(ino) else {
@@ -421,7 +449,7 @@ impl Core {
             self.purge();
             laps.end("purged");
             if !self.options.read_only
-                && let Err(error) = self.publish_all()
+                && let Err(error) = self.publish_all_at_once()
             {
                 tracing::debug!(%error, "content is to be stored once more before the keys go");
             }

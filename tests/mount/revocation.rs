@@ -163,3 +163,50 @@ fn a_log_that_nobody_reads_any_more_does_not_keep_the_volume_readable() {
     }
     world.unmount();
 }
+
+#[test]
+fn a_request_that_waits_for_a_silent_kmsd_does_not_hold_up_the_revocation() {
+    const FILES: usize = 20;
+    let mut world = World::new();
+    for number in 0..FILES {
+        fs::write(world.at(&format!("file-{number}")), b"content").unwrap();
+    }
+    // Their keys are nowhere but with kmsd.
+    world.unmount();
+    world.mount(&[]);
+    // It answers, and needs no kmsd to begin with any more.
+    let connection = rustix::fs::stat(world.mnt()).unwrap().st_dev;
+    world.signal_kmsd(libc::SIGSTOP);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..FILES)
+            .map(|number| {
+                let path = world.at(&format!("file-{number}"));
+                scope.spawn(move || fs::read(path))
+            })
+            .collect();
+        // Until a request waits, which it does for as long as kmsd is silent.
+        let waiting = format!(
+            "/sys/fs/fuse/connections/{}/waiting",
+            rustix::fs::minor(connection)
+        );
+        eventually("a request waits for kmsd", || {
+            fs::read_to_string(&waiting).unwrap().trim() != "0"
+        });
+        world.signal_kmsd(libc::SIGCONT);
+        world.with_key("disable-key");
+        for number in 0..FILES {
+            assert!(refused(fs::read(world.at(&format!("file-{number}")))));
+        }
+        for reader in readers {
+            match reader.join().unwrap() {
+                Ok(content) => assert_eq!(content, b"content"),
+                Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EKEYREVOKED)),
+            }
+        }
+    });
+    world.with_key("enable-key");
+    eventually("the files can be read again", || {
+        (0..FILES).all(|number| fs::read(world.at(&format!("file-{number}"))).is_ok())
+    });
+    world.unmount();
+}
