@@ -29,6 +29,9 @@ pub(crate) const RENEWAL_MAX: Duration = Duration::from_secs(5);
 /// And so long in any case, so that an answer is heard once the KMS is back.
 const RENEWAL_MIN: Duration = Duration::from_millis(500);
 
+/// The priority (nice(1)) of the thread that watches the key, and of those that it starts, where that is permitted.
+const WATCHER_NICE: i32 = -10;
+
 /// So many files are stored at once when the volume goes dark.
 const PUBLISHERS: usize = 8;
 
@@ -197,6 +200,10 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
 
 /// The thread that nothing may end but the volume's own end: a panic in it must not leave the volume readable for ever.
 fn watch_key(core: &Core, lease: Lease) {
+    // What keeps every processor busy may be the very programs that are to see nothing more.
+    if let Err(error) = rustix::process::setpriority_process(None, WATCHER_NICE) {
+        tracing::debug!(%error, "the thread that watches the key goes before no other");
+    }
     let mut watch = KeyWatch {
         lease,
         is_flushed: false,
