@@ -33,7 +33,7 @@ scratch_begin
 # In memory: what is logged there is not to compete for the disk.
 STATE="$(mktemp -d /dev/shm/cmkfs-revocation.XXXXXX)"
 export MNT STATE KMSCTL="$BIN/kmsctl" KEY
-rustc -O --edition 2024 -o "$SCRATCH/revocation" scripts/revocation.rs
+rustc -O --edition 2024 -o "$SCRATCH/revocation" scripts/revocation/main.rs
 
 script_end() {
     herd_stop
