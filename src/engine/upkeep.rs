@@ -296,9 +296,11 @@ impl Core {
                 .chunks(share)
                 .map(|inodes| scope.spawn(|| self.for_each(inodes, |access, node| access.publish(node))))
                 .collect();
-            threads.into_iter().fold(Ok(()), |outcome, thread| {
-                outcome.and(thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
-            })
+            let mut outcome = Ok(());
+            for thread in threads {
+                outcome = outcome.and(thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            }
+            outcome
         });
         published.and(self.sync_and_seal())
     }
