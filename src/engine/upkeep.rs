@@ -3,6 +3,7 @@
 //! may wait.
 
 use super::bell::Wake;
+use super::clock::Clock;
 use super::core::{Access, Core, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{KeyState, state_after};
@@ -13,7 +14,7 @@ use super::seal;
 use super::space::Room;
 use super::sync::before_purge;
 use super::types::Ino;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -27,6 +28,12 @@ const TICK_MAX: Duration = Duration::from_secs(1);
 pub(crate) const RENEWAL_MAX: Duration = Duration::from_secs(5);
 /// And so long in any case, so that an answer is heard once the KMS is back.
 const RENEWAL_MIN: Duration = Duration::from_millis(500);
+
+/// The priority (nice(1)) of the thread that watches the key, and of those that it starts, where that is permitted.
+const WATCHER_NICE: i32 = -10;
+
+/// So many files are stored at once when the volume goes dark.
+const PUBLISHERS: usize = 8;
 
 /// How long the compacting thread waits if nothing rings.
 const COMPACT_MAX: Duration = Duration::from_secs(60);
@@ -54,6 +61,38 @@ struct KeyWatch {
     lease: Lease,
     /// Content was stored since the last renewal, because there may not be another.
     is_flushed: bool,
+}
+
+/// How long the steps of going dark took, for the log.
+struct Laps<'c> {
+    clock: &'c dyn Clock,
+    began: Instant,
+    last: Instant,
+    steps: String,
+}
+
+impl<'c> Laps<'c> {
+    fn begin(clock: &'c dyn Clock) -> Self {
+        let now = clock.monotonic();
+        Self {
+            clock,
+            began: now,
+            last: now,
+            steps: String::new(),
+        }
+    }
+
+    fn end(&mut self, step: &str) {
+        let now = self.clock.monotonic();
+        let took = now.saturating_duration_since(self.last).as_millis();
+        self.last = now;
+        let comma = if self.steps.is_empty() { "" } else { ", " };
+        self.steps.push_str(&format!("{comma}{step} in {took}"));
+    }
+
+    fn took(&self) -> Duration {
+        self.last.saturating_duration_since(self.began)
+    }
 }
 
 /// Which threads are started.
@@ -159,6 +198,10 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
 
 /// The thread that nothing may end but the volume's own end: a panic in it must not leave the volume readable for ever.
 fn watch_key(core: &Core, lease: Lease) {
+    // What keeps every processor busy may be the very programs that are to see nothing more.
+    if let Err(error) = rustix::process::setpriority_process(None, WATCHER_NICE) {
+        tracing::debug!(%error, "the thread that watches the key goes before no other");
+    }
     let mut watch = KeyWatch {
         lease,
         is_flushed: false,
@@ -241,23 +284,50 @@ impl Core {
         self.publish_each(|access, node| access.publish(node))
     }
 
+    /// The same, several files at once: it waits for the host's storage most of the time, and somebody waits for it.
+    fn publish_all_at_once(&self) -> Result<()> {
+        let inodes = self.active.inodes();
+        let share = inodes.len().div_ceil(PUBLISHERS).max(1);
+        let published = std::thread::scope(|scope| {
+            let threads: Vec<_> = inodes
+                .chunks(share)
+                .map(|inodes| scope.spawn(|| self.for_each(inodes, |access, node| access.publish(node))))
+                .collect();
+            let mut outcome = Ok(());
+            for thread in threads {
+                outcome = outcome.and(thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            }
+            outcome
+        });
+        published.and(self.sync_and_seal())
+    }
+
     fn publish_each(&self, publish: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
-        let mut outcome = self.for_active(publish);
+        let outcome = self.for_active(publish);
+        outcome.and(self.sync_and_seal())
+    }
+
+    /// Makes the log durable, and notes how far it reached.
+    fn sync_and_seal(&self) -> Result<()> {
         self.committer.sync_to(self.committer.committed())?;
         let access = self.drain()?;
         let (durable, kms) = (self.committer.durable(), self.keyring.position());
         match seal::advance(&self.dir, access.keys(), durable, kms, &self.sealed) {
             // It says less than it might; what it vouches for is in the log.
             Err(error) if error.is_no_room() => tracing::warn!(%error, "the seal file stays behind"),
-            sealed => outcome = outcome.and(sealed),
+            sealed => sealed?,
         }
-        outcome
+        Ok(())
     }
 
     /// Does something with each active file. One that fails does not keep the others from it.
     pub(crate) fn for_active(&self, work: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
+        self.for_each(&self.active.inodes(), work)
+    }
+
+    fn for_each(&self, inodes: &[Ino], work: impl Fn(&Access<'_>, &Arc<Node>) -> Result<()>) -> Result<()> {
         let mut outcome = Ok(());
-        for ino in self.active.inodes() {
+        for &ino in inodes {
             // No node is held without access: after a revocation there are others.
             let access = self.drain()?;
             let Some(node) = self.active.get(ino) else {
@@ -370,8 +440,9 @@ impl Core {
     /// Live -> dark, in the order that docs/ARCHITECTURE.md gives.
     fn revoke(&self, state: KeyState) {
         tracing::warn!(?state, "the key may not be used any more; the volume goes dark");
-        let began = self.clock.monotonic();
+        let mut laps = Laps::begin(&*self.clock);
         self.keyring.begin_draining();
+        laps.end("refused");
         std::thread::scope(|scope| {
             let (done, is_done) = std::sync::mpsc::channel::<()>();
             scope.spawn(move || {
@@ -381,13 +452,15 @@ impl Core {
                 }
             });
             self.purge();
+            laps.end("purged");
             if !self.options.read_only
-                && let Err(error) = self.publish_all()
+                && let Err(error) = self.publish_all_at_once()
             {
                 tracing::debug!(%error, "content is to be stored once more before the keys go");
             }
             drop(done);
         });
+        laps.end("stored");
         self.keyring.go_dark(state, |admission| {
             if self.options.read_only {
                 return;
@@ -399,9 +472,13 @@ impl Core {
                 tracing::error!(%error, "content written before the revocation is lost");
             }
         });
-        self.forget_secrets();
-        let took = self.clock.monotonic().saturating_duration_since(began);
-        tracing::info!(took_ms = took.as_millis(), "the volume is dark");
+        laps.end("shut");
+        self.forget_secrets(&mut laps);
+        tracing::info!(
+            took_ms = laps.took().as_millis(),
+            steps_ms = laps.steps,
+            "the volume is dark"
+        );
     }
 
     /// -> dark without an attempt to store anything more.
@@ -413,7 +490,7 @@ impl Core {
             tracing::error!(%error, "content written before is lost");
         }
         self.lose_pending();
-        self.forget_secrets();
+        self.forget_secrets(&mut Laps::begin(&*self.clock));
     }
 
     /// What is not stored goes with the nodes: no later fsync of those files may claim otherwise (rule R6).
@@ -428,17 +505,20 @@ impl Core {
     }
 
     /// Drops what was decrypted, here and in the kernel, once the gate is shut.
-    fn forget_secrets(&self) {
+    fn forget_secrets(&self, laps: &mut Laps<'_>) {
         // No operation is under way, and none begins: nothing refers to these any more.
         self.active.clear();
         self.nodes.clear();
         self.chunks.clear();
         self.nursery.clear();
+        laps.end("forgot");
         self.purge();
+        laps.end("purged again");
         let observer = self.observer.lock().clone();
         if let Some(observer) = observer {
             observer.wipe();
         }
+        laps.end("wiped");
     }
 
     fn purge(&self) {

@@ -2,11 +2,16 @@
 //! counts is what a process that holds files of it can still read once DisableKey has returned.
 
 use crate::world::{World, eventually, noise};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::ptr::null_mut;
 
@@ -18,6 +23,11 @@ const SHORT: &[&str] = &["-o", "drain_max_ms=100"];
 /// starts would close a copy, and wait for a mount that is stopped.
 fn with_cached_file(options: &[&str]) -> (World, Holder) {
     let mut world = World::unmounted();
+    let holder = mount_and_hold(&mut world, options);
+    (world, holder)
+}
+
+fn mount_and_hold(world: &mut World, options: &[&str]) -> Holder {
     world.mount(options);
     let bytes = noise(7, SIZE);
     let mut file = File::create(world.at("file")).unwrap();
@@ -26,9 +36,9 @@ fn with_cached_file(options: &[&str]) -> (World, Holder) {
     file.sync_all().unwrap();
     drop(file);
     assert_eq!(fs::read(world.at("file")).unwrap(), bytes);
-    let holder = Holder::of(&world);
+    let holder = Holder::of(world);
     assert_eq!(holder.sees(), (true, true));
-    (world, holder)
+    holder
 }
 
 /// Names the socket to the process that holds files.
@@ -130,6 +140,92 @@ fn holder() {
     }
 }
 
+/// What systemd does for a service with FileDescriptorStoreMax=: keeps descriptors (sd_notify(3), FDSTORE), and starts the
+/// service's next process with them (sd_listen_fds(3)).
+struct ServiceManager {
+    path: PathBuf,
+    socket: UnixDatagram,
+    kept: BTreeMap<String, OwnedFd>,
+}
+
+/// Descriptors that are passed come to lie from here on (SD_LISTEN_FDS_START).
+const FIRST_PASSED: i32 = 3;
+/// No descriptor that is passed on lies below this before.
+const KEPT_FROM: i32 = 100;
+
+impl ServiceManager {
+    fn of(world: &World) -> Self {
+        let path = world.path("notify.sock");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Self {
+            path,
+            socket,
+            kept: BTreeMap::new(),
+        }
+    }
+
+    /// Starts kmsd, with what earlier ones have stored.
+    fn start(&self, world: &mut World) {
+        let kmsd = world.kmsd_command();
+        let mut command = Command::new("sh");
+        // The number of the process is known to itself alone.
+        command
+            .args(["-c", "LISTEN_PID=$$ exec \"$@\"", "sh"])
+            .arg(kmsd.get_program())
+            .args(kmsd.get_args())
+            .env("NOTIFY_SOCKET", &self.path)
+            .env("LISTEN_FDS", self.kept.len().to_string());
+        if !self.kept.is_empty() {
+            let names: Vec<_> = self.kept.keys().map(String::as_str).collect();
+            command.env("LISTEN_FDNAMES", names.join(":"));
+        }
+        let kept: Vec<_> = self.kept.values().map(AsRawFd::as_raw_fd).collect();
+        let pass = move || {
+            for (descriptor, place) in kept.iter().zip(FIRST_PASSED..) {
+                // SAFETY: takes two numbers.
+                if unsafe { libc::dup2(*descriptor, place) } < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: between fork(2) and execve(2) it makes async-signal-safe calls alone.
+        unsafe { command.pre_exec(pass) };
+        world.start_kmsd_by(command);
+    }
+
+    /// Takes what was stored so far.
+    fn take(&mut self) {
+        loop {
+            let mut bytes = [0; 4096];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let received = rustix::net::recvmsg(
+                &self.socket,
+                &mut [IoSliceMut::new(&mut bytes)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            );
+            let Ok(received) = received else {
+                return;
+            };
+            let text = str::from_utf8(&bytes[..received.bytes]).unwrap();
+            let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
+            let stores = text.lines().any(|line| line == "FDSTORE=1");
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+                    for descriptor in descriptors {
+                        assert!(stores, "{text}");
+                        let high = rustix::io::fcntl_dupfd_cloexec(&descriptor, KEPT_FROM).unwrap();
+                        self.kept.insert(name.unwrap().to_owned(), high);
+                    }
+                }
+            }
+        }
+    }
+}
+
 fn disable(world: &World) -> Result<(), String> {
     world.kmsctl(&["disable-key", "--key-id", &world.key]).map(|_| ())
 }
@@ -203,6 +299,28 @@ fn a_stopped_mount_that_a_new_kmsd_cannot_reach_is_named_until_it_is_gone() {
     drop(holder);
     world.detach();
     disable(&world).unwrap();
+}
+
+#[test]
+fn a_stopped_mount_is_ended_by_a_new_kmsd_that_was_given_its_descriptors() {
+    let mut world = World::unmounted();
+    world.stop_kmsd(libc::SIGTERM);
+    let mut manager = ServiceManager::of(&world);
+    manager.start(&mut world);
+    let holder = mount_and_hold(&mut world, SHORT);
+    holder.dirty();
+    manager.take();
+    assert_eq!(manager.kept.len(), 3, "{:?}", manager.kept);
+    world.signal_mount(libc::SIGSTOP);
+    // Twice: what it was given is not stored anew by a mount that is stopped.
+    for _ in 0..2 {
+        world.stop_kmsd(libc::SIGKILL);
+        manager.start(&mut world);
+        manager.take();
+    }
+    disable(&world).unwrap();
+    assert_eq!(holder.sees(), (false, false));
+    assert!(!world.wait_for_mount().success());
 }
 
 #[test]

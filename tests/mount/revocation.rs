@@ -257,3 +257,58 @@ fn a_log_that_nobody_reads_any_more_does_not_keep_the_volume_readable() {
     }
     world.unmount();
 }
+
+#[test]
+fn a_request_that_waits_for_a_silent_kmsd_does_not_hold_up_the_revocation() {
+    const FILES: usize = 20;
+    let mut world = World::new();
+    for number in 0..FILES {
+        fs::write(world.at(&format!("file-{number}")), b"content").unwrap();
+    }
+    // Their keys are nowhere but with kmsd.
+    world.unmount();
+    world.mount(&[]);
+    // It answers, and needs no kmsd to begin with any more.
+    fs::metadata(world.mnt()).unwrap();
+    world.signal_kmsd(libc::SIGSTOP);
+    std::thread::scope(|scope| {
+        let (began, threads) = std::sync::mpsc::channel();
+        let readers: Vec<_> = (0..FILES)
+            .map(|number| {
+                let (path, began) = (world.at(&format!("file-{number}")), began.clone());
+                scope.spawn(move || {
+                    // SAFETY: takes nothing.
+                    began.send(unsafe { libc::gettid() }).unwrap();
+                    fs::read(path)
+                })
+            })
+            .collect();
+        for thread in threads.iter().take(FILES) {
+            let waits_in = format!("/proc/self/task/{thread}/wchan");
+            eventually("a request waits for kmsd", || {
+                // On a slow host it may have given kmsd up, and be gone.
+                fs::read_to_string(&waits_in).map_or(true, |at| at == "request_wait_answer")
+            });
+        }
+        world.signal_kmsd(libc::SIGCONT);
+        world.with_key("disable-key");
+        for number in 0..FILES {
+            assert!(refused(fs::read(world.at(&format!("file-{number}")))));
+        }
+        for reader in readers {
+            match reader.join().unwrap() {
+                Ok(content) => assert_eq!(content, b"content"),
+                // The latter if this host was slow, and it gave kmsd up.
+                Err(error) => assert!(matches!(
+                    error.raw_os_error(),
+                    Some(libc::EKEYREVOKED | libc::EKEYEXPIRED)
+                )),
+            }
+        }
+    });
+    world.with_key("enable-key");
+    eventually("the files can be read again", || {
+        (0..FILES).all(|number| fs::read(world.at(&format!("file-{number}"))).is_ok())
+    });
+    world.unmount();
+}

@@ -107,9 +107,21 @@ impl World {
     }
 
     pub fn start_kmsd(&mut self) {
-        let mut child = Command::new(program("kmsd"))
+        self.start_kmsd_by(self.kmsd_command());
+    }
+
+    /// What starts kmsd.
+    pub fn kmsd_command(&self) -> Command {
+        let mut command = Command::new(program("kmsd"));
+        command
             .args(["serve", "--home", self.keystore().to_str().unwrap()])
-            .args(["--socket", self.socket().to_str().unwrap()])
+            .args(["--socket", self.socket().to_str().unwrap()]);
+        command
+    }
+
+    /// Starts kmsd in another way, which leads to the same process.
+    pub fn start_kmsd_by(&mut self, mut command: Command) {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -120,6 +132,11 @@ impl World {
             .unwrap();
         self.kmsd = Some(child);
         assert!(line.contains("ready"), "kmsd said '{line}'");
+    }
+
+    /// Sends a signal to kmsd.
+    pub fn signal_kmsd(&self, signal: i32) {
+        send(self.kmsd.as_ref().unwrap(), signal);
     }
 
     /// Stops kmsd, in order or with SIGKILL.
