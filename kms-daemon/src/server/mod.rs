@@ -32,8 +32,6 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 
 /// How often it looks for keys whose window has passed.
 const DESTRUCTION_INTERVAL: Duration = Duration::from_secs(60);
-/// The priority (nice(1)) of its threads, where that is permitted.
-const SERVER_NICE: i32 = -10;
 
 /// What `kmsd serve` is told.
 pub struct ServeOptions {
@@ -86,11 +84,6 @@ pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
         kept::forget(session);
     }
     let (socket, socket_mode) = (options.socket.as_path(), options.socket_mode);
-    // Before any thread that serves is started. What keeps every processor busy may be the very programs that are to see
-    // nothing more.
-    if let Err(error) = rustix::process::setpriority_process(None, SERVER_NICE) {
-        tracing::debug!(%error, "kmsd goes before no other program");
-    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(BLOCKING_THREADS_MAX)
