@@ -3,7 +3,7 @@
 use crate::crypto::{Key, NONCE, TAG, derive, key, length_prefixed, open};
 use crate::read::{Bytes, Copy, Database};
 use crate::sweep;
-use crate::windows::Form;
+use secret_search::Form;
 use std::collections::{BTreeMap, BTreeSet};
 
 const SLOT_OF_FILE: u8 = 1;

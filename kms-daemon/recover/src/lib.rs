@@ -7,14 +7,13 @@ mod keystore;
 mod read;
 mod sweep;
 mod volume;
-pub mod windows;
 
 pub use keystore::{Attempts, Material, Opened};
 pub use read::Copy;
 pub use volume::{File, Recovered};
 
+use secret_search::{Form, key_forms};
 use std::path::PathBuf;
-use windows::{Form, key_forms};
 
 /// What a run was given.
 #[derive(Debug, Default)]

@@ -3,7 +3,7 @@
 use crate::crypto::{Key, NONCE, TAG, derive, open};
 use crate::keystore::{Opened, wrapping_key};
 use crate::read::{Database, Row, walk};
-use crate::windows::Form;
+use secret_search::Form;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;

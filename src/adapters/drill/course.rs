@@ -5,10 +5,10 @@ use super::markers::{Kind, Markers};
 use super::observer::boottime_ns;
 use super::report::{Check, Findings, Outcome, Phase};
 use super::scratch::{Kms, Scratch, wait_until};
-use super::search::{Findings as Found, Needles, exposure};
 use super::timeline::{Access, Darkness, Record};
 use super::watch::Watch;
 use super::{Progress, Request, facts, pause};
+use secret_search::{Findings as Found, Needles, exposure};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -158,7 +158,10 @@ impl<'r> Course<'r> {
             pause(WARM_UP)?;
             let at_ns = boottime_ns();
             scratch.signal_mount(signal)?;
-            pause(HOT)?;
+            // What was killed is fenced without being asked: the call comes before that.
+            if name == "stopped" {
+                pause(HOT)?;
+            }
             let before = Some((at_ns, what));
             let dark = self.darken(name, &mut watch, &scratch.kms()?, &key.key_id, before)?;
             self.close(dark, watch, None)?;
@@ -307,7 +310,7 @@ impl<'r> Course<'r> {
                 continue;
             };
             if hex::decode_to_slice(digits, &mut sha256).is_ok() {
-                needles.add_window(name, cmkfs_recover::windows::Window { rolling, sha256 });
+                needles.add_window(name, secret_search::Window { rolling, sha256 });
             }
         }
         Ok(needles)
@@ -660,7 +663,7 @@ impl<'r> Course<'r> {
         };
         let seen = phase.held().map(|verdict| {
             let tried: u64 = verdict.after.values().sum();
-            let errnos: Vec<_> = verdict.errnos.iter().map(|(errno, count)| format!("errno {errno}: {count}")).collect();
+            let errnos: Vec<_> = verdict.errnos.iter().map(|(errno, count)| format!("{} {count} times", errno_name(*errno))).collect();
             format!(
                 "DisableKey took {} ms; 0 of {tried} accesses that began after its return succeeded ({}), nor any of the loops \
                  without pauses, which had succeeded {} times before",
@@ -696,10 +699,79 @@ impl<'r> Course<'r> {
     }
 }
 
+fn errno_name(errno: i32) -> String {
+    match errno {
+        libc::EKEYREVOKED => "EKEYREVOKED".to_owned(),
+        libc::ENOKEY => "ENOKEY".to_owned(),
+        libc::EFAULT => "EFAULT (a mapped page)".to_owned(),
+        libc::ENOTCONN => "ENOTCONN".to_owned(),
+        libc::ECONNABORTED => "ECONNABORTED".to_owned(),
+        other => format!("errno {other}"),
+    }
+}
+
 pub(super) fn is_slot(name: &str) -> bool {
     name.starts_with("slot-")
 }
 
 fn is_lock(name: &str) -> bool {
     matches!(name, "lock" | "LOCK")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::markers::Nonce;
+    use super::super::report::Overall;
+    use super::super::timeline::tests::{DARK, good};
+    use super::super::watch::Load;
+    use super::*;
+
+    /// What a drill concludes of such a log.
+    fn concluded(records: &[Record], last_success_ns: u64) -> Findings {
+        let request = Request {
+            subject: super::super::Subject::Scratch,
+            nonce: Nonce::parse(&"5a".repeat(32)).unwrap(),
+            is_challenge: true,
+            large_bytes: 4096,
+            observe: Duration::ZERO,
+            operator: String::new(),
+            witness: None,
+        };
+        let mut show = |_: Progress<'_>| {};
+        let mut course = Course::new(&request, &mut show);
+        let dark = Dark {
+            name: "live",
+            before: None,
+            called_ns: DARK.called_ns,
+            returned_ns: DARK.returned_ns,
+        };
+        let load = Load {
+            successes: 1,
+            last_success_ns,
+            failures: 1,
+        };
+        let lines = records.iter().map(Record::line).collect();
+        course.judge(dark, load, lines, DARK.until_ns, None);
+        course.end()
+    }
+
+    #[test]
+    fn a_log_without_a_late_success_passes() {
+        let findings = concluded(&good(), 1999);
+        assert_eq!(findings.overall(), Overall::Pass, "{:?}", findings.checks);
+    }
+
+    #[test]
+    fn one_access_that_succeeded_late_fails_the_drill() {
+        let mut records = good();
+        records.push(Record {
+            access: Access::MappedPrivate,
+            begin_ns: 2001,
+            end_ns: 2002,
+            errno: 0,
+        });
+        assert_eq!(concluded(&records, 1999).overall(), Overall::Failed);
+        assert_eq!(concluded(&good(), 2001).overall(), Overall::Failed);
+        assert_eq!(concluded(&[], 1999).overall(), Overall::Failed);
+    }
 }

@@ -57,7 +57,7 @@ impl Course<'_> {
         let current = scratch.keystore().join(format!("slot-{}", keystore.epoch));
         let old = scratch.path("withheld").join("slot-1");
         let all = [MOMENTS.as_slice(), &["collected"]].concat();
-        let negative = self.run_recovery(scratch, &all, &[current.clone()], false)?;
+        let negative = self.run_recovery(scratch, &all, std::slice::from_ref(&current), false)?;
         let positive = self.run_recovery(scratch, &all, &[current, old], false)?;
         self.judge_without(&negative, key, &survivor.key_id, keystore.epoch, kept);
         self.judge_with(&positive, key);

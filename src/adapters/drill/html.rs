@@ -19,7 +19,7 @@ h1{margin-bottom:0}h2{margin-top:2em;border-bottom:1px solid #ccd}table{border-c
 td,th{text-align:left;vertical-align:top;padding:.3em .6em;border-bottom:1px solid #e4e7ee}\
 .b{font-weight:700;white-space:nowrap}.PASS{color:#137a3c}.FAIL,.FAILED{color:#b3122b}.NOT,.INCOMPLETE{color:#8a5a00}\
 .box{border:2px solid;border-radius:8px;padding:.8em 1em;margin:1em 0}.note{background:#fff7e0;padding:.6em 1em}\
-code{font-size:.85em;overflow-wrap:anywhere}svg{width:100%;height:auto;font:12px system-ui,sans-serif}small{color:#566}";
+.claim{width:34%}code{font-size:.85em;overflow-wrap:anywhere}svg{width:100%;height:auto;font:12px system-ui,sans-serif}small{color:#566}";
 
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -84,14 +84,14 @@ fn write_page(out: &mut String, report: &Value, public_key: &str, digest: &str) 
         text(report, "/not_a_destruction_record"),
         text(report, "/clock"),
     )?;
-    write!(
+    writeln!(
         out,
         "<p><b>Erasure = {}</b> (root slot: {}). This page is a rendering. What counts is the signed file: check it with \
-         <code>cmkfs drill verify REPORT --key PUBKEY</code>, with a key that you had before.</p>\n",
+         <code>cmkfs drill verify REPORT --key PUBKEY</code>, with a key that you had before.</p>",
         text(report, "/erasure"),
         text(report, "/root_slot"),
     )?;
-    out.push_str("<h2>What was checked</h2>\n<table><tr><th>step</th><th>result</th><th>claim</th><th>what was seen</th></tr>\n");
+    out.push_str("<h2>What was checked</h2>\n<table><tr><th>step</th><th>result</th><th class=\"claim\">claim</th><th>what was seen</th></tr>\n");
     for check in list(report, "checks") {
         let result = text(check, "/result");
         writeln!(
@@ -239,7 +239,7 @@ fn chart(out: &mut String, report: &Value, phase: &Value) -> std::fmt::Result {
         }
     }
     let marks = [
-        before.map(|at| (at, "process hit", 12)),
+        before.map(|at| (at, "signal", 12)),
         Some((called, "call", 26)),
         Some((returned, "returned", 40)),
         number(phase, "/enabled_ns").map(|at| (at, "key back", 26)),

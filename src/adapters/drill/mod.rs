@@ -11,7 +11,6 @@ pub mod markers;
 pub mod observer;
 pub mod report;
 pub mod scratch;
-pub mod search;
 pub mod sign;
 pub mod timeline;
 pub mod verify;

@@ -1,12 +1,16 @@
 //! Searches memory and files for secrets, without keeping them: what is looked for is known by digests alone.
 
-use cmkfs_recover::windows::{FACTOR, WINDOW, Window, key_forms, push};
+mod windows;
+
+pub use windows::{Form, WINDOW, Window, key_forms};
+
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use windows::{FACTOR, push};
 
 /// Read at a time.
 const PIECE: usize = 1 << 20;

@@ -6,7 +6,7 @@ use zeroize::{Zeroize, Zeroizing};
 /// Bytes of a secret that are looked for; so many at random are nowhere by chance.
 pub const WINDOW: usize = 16;
 /// Odd, so that multiplying by it loses nothing.
-pub const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+pub(crate) const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// One window of a secret: a rolling hash that finds candidates, and the digest that decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,8 +27,7 @@ pub struct Form {
 }
 
 /// The rolling hash, one byte further.
-#[must_use]
-pub const fn push(hash: u64, byte: u8) -> u64 {
+pub(crate) const fn push(hash: u64, byte: u8) -> u64 {
     hash.wrapping_mul(FACTOR).wrapping_add(byte as u64 + 1)
 }
 
