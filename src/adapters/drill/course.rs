@@ -131,7 +131,7 @@ impl<'r> Course<'r> {
         self.step(3, "what is left is searched");
         self.gone_after(&needles, pids)?;
         self.search_volume(&scratch.volume(), Some(&scratch.path("copies")))?;
-        self.storage_of_memory(pids);
+        self.storage_of_memory(&pids, "either daemon");
         self.bypasses(&scratch.mountpoint());
         self.take_copy(scratch, "disabled")?;
         self.step(4, "the key is given back");
@@ -493,9 +493,9 @@ impl<'r> Course<'r> {
     }
 
     /// Swap, cores, and what no process can look at.
-    pub(super) fn storage_of_memory(&mut self, pids: [u32; 2]) {
-        let claim = "nothing of either daemon was swapped, and neither may leave a core";
-        let reasons: Result<Vec<_>, _> = pids.into_iter().map(exposure).collect();
+    pub(super) fn storage_of_memory(&mut self, pids: &[u32], whose: &str) {
+        let claim = &format!("nothing of {whose} was swapped, and no core can be left");
+        let reasons: Result<Vec<_>, _> = pids.iter().copied().map(exposure).collect();
         match reasons.map(|reasons| reasons.concat()) {
             Ok(none) if none.is_empty() => {
                 self.check(

@@ -24,7 +24,6 @@ pub(super) fn of_run(request: &Request) -> Map<String, Value> {
             "scratch: a keystore, a volume and a mount that were made for this drill and are gone",
             json!({
                 "what": "files on this host, made for this drill",
-                "filesystem": Value::Null,
                 "is_production_data": false,
             }),
         ),
@@ -61,13 +60,7 @@ pub(super) fn of_run(request: &Request) -> Map<String, Value> {
                        operation, and this module is not validated (FIPS 140-3): neither must be claimed",
         "key_hierarchy": "root slot -> root key of an epoch -> material of the customer master key -> volume key, data key of each \
                           file -> keys that seal records, names and blocks (docs/kms-format.md, docs/format.md)",
-        "known_copies": {
-            "backups": "none: nothing was backed up in this drill",
-            "escrow": "none",
-            "snapshots": "those that this drill made itself, and removed",
-            "customers": "none: the key's material was not imported",
-            "unknown": "unknown copies are not covered",
-        },
+        "known_copies": known_copies(&request.subject),
         "observer": if rustix::process::geteuid().is_root() {
             format!("a process of its own, uid {}", super::course::NOBODY)
         } else {
@@ -77,6 +70,23 @@ pub(super) fn of_run(request: &Request) -> Map<String, Value> {
     match fields {
         Value::Object(fields) => fields,
         _ => Map::new(),
+    }
+}
+
+fn known_copies(subject: &Subject) -> Value {
+    let unknown = "unknown copies are not covered";
+    match subject {
+        Subject::Scratch => json!({
+            "backups": "none: nothing was backed up in this drill",
+            "escrow": "none",
+            "snapshots": "those that this drill made itself, and removed",
+            "customers": "none: the key's material was not imported",
+            "unknown": unknown,
+        }),
+        Subject::Volume(_) => {
+            let why = "not recorded: nothing is destroyed here, and the drill knows of its own markers alone";
+            json!({ "backups": why, "escrow": why, "snapshots": why, "customers": why, "unknown": unknown })
+        }
     }
 }
 

@@ -190,7 +190,12 @@ fn chart(out: &mut String, report: &Value, phase: &Value) -> std::fmt::Result {
         return Ok(());
     };
     let before = number(phase, "/before/at_ns");
-    let from = before.unwrap_or(called).min(called).saturating_sub(MARGIN_NS);
+    let first = records.first().map_or(0, |record| record.begin_ns);
+    let from = before
+        .unwrap_or(called)
+        .min(called)
+        .saturating_sub(MARGIN_NS)
+        .max(first.min(called));
     let last = records.iter().map(|record| record.end_ns).max().unwrap_or(until);
     let to = last
         .min(until.max(number(phase, "/enabled_ns").unwrap_or(0)) + MARGIN_NS)
@@ -204,9 +209,21 @@ fn chart(out: &mut String, report: &Value, phase: &Value) -> std::fmt::Result {
     let width = LEFT + COLUMNS * COLUMN + 12;
     writeln!(
         out,
-        "<h3>{}: DisableKey took {} ms</h3>\n<svg viewBox=\"0 0 {width} {height}\" xmlns=\"http://www.w3.org/2000/svg\" role=\"img\">",
+        "<h3>{}: DisableKey took {} ms</h3>\n<p>{}</p>\n<svg viewBox=\"0 0 {width} {height}\" xmlns=\"http://www.w3.org/2000/svg\" role=\"img\">",
         text(phase, "/name"),
-        (returned - called) / 1_000_000
+        returned.saturating_sub(called) / 1_000_000,
+        match phase
+            .get("before")
+            .and_then(|before| before.get("what"))
+            .and_then(Value::as_str)
+        {
+            None => "The mount goes dark by itself, and says so before the call returns.".to_owned(),
+            Some(what) => format!(
+                "Before the call {}. What the kernel had cached stays readable until kmsd has it dropped, which it does before the \
+                 call returns.",
+                escape(what)
+            ),
+        },
     )?;
     for (row, access) in Access::ALL.into_iter().enumerate() {
         let top = TOP + row * ROW;

@@ -4,13 +4,16 @@
 use super::LiveVolume;
 use super::course::Course;
 use super::facts;
-use super::scratch::{Kms, wait_until};
+use super::scratch::Kms;
 use kms_client::Client;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest wait for one call: a revocation may have to end a mount.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long removing the drill's directory may take.
+const REMOVAL_MAX: Duration = Duration::from_secs(20);
 
 /// Gives the key back when it is dropped.
 struct Guard<'c> {
@@ -37,15 +40,17 @@ struct Canary(PathBuf);
 
 impl Drop for Canary {
     fn drop(&mut self) {
-        // The key may have been given back a moment ago.
-        let gone = wait_until("the directory can be removed", || {
-            match std::fs::remove_dir_all(&self.0) {
-                Ok(()) => Ok(true),
-                Err(error) => Ok(error.kind() == std::io::ErrorKind::NotFound),
+        // The key may have been given back a moment ago. Interrupted or not, it is removed.
+        let start = Instant::now();
+        while let Err(error) = std::fs::remove_dir_all(&self.0) {
+            if error.kind() == std::io::ErrorKind::NotFound {
+                return;
             }
-        });
-        if gone.is_err() && std::fs::remove_dir_all(&self.0).is_err() {
-            eprintln!("cmkfs: {} is left behind: remove it", self.0.display());
+            if start.elapsed() > REMOVAL_MAX {
+                eprintln!("cmkfs: {} is left behind ({error}): remove it", self.0.display());
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 }
@@ -113,7 +118,7 @@ impl Course<'_> {
             "after: no content or name in the mount's memory",
         )?;
         self.search_volume(&live.volume, None)?;
-        self.storage_of_memory([live.pid, live.pid]);
+        self.storage_of_memory(&[live.pid], "the mount's process");
         self.bypasses(&live.mountpoint);
         self.step(4, "the key is given back");
         self.lighten(dark, watch, &kms, &key.key_id)?;
