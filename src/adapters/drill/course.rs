@@ -108,12 +108,7 @@ impl<'r> Course<'r> {
         let collector = self.collect(scratch)?;
         scratch.mount()?;
         let dir = scratch.mountpoint().join("drill");
-        let mut watch = self.begin_watch(
-            &scratch.programs().cmkfs.clone(),
-            &scratch.mountpoint(),
-            &dir,
-            "plant",
-        )?;
+        let mut watch = self.begin_watch(&scratch.programs().cmkfs.clone(), &dir, "plant")?;
         self.readable(
             &mut watch,
             ("markers-written", 1, "what was written is read back"),
@@ -154,7 +149,7 @@ impl<'r> Course<'r> {
             ),
         ] {
             let cmkfs = scratch.programs().cmkfs.clone();
-            let mut watch = self.begin_watch(&cmkfs, &scratch.mountpoint(), &dir, "open")?;
+            let mut watch = self.begin_watch(&cmkfs, &dir, "open")?;
             pause(WARM_UP)?;
             let at_ns = boottime_ns();
             scratch.signal_mount(signal)?;
@@ -170,7 +165,7 @@ impl<'r> Course<'r> {
             scratch.detach();
             scratch.kms()?.enable(&key.key_id)?;
             scratch.mount()?;
-            let mut watch = self.begin_watch(&cmkfs, &scratch.mountpoint(), &dir, "open")?;
+            let mut watch = self.begin_watch(&cmkfs, &dir, "open")?;
             let ids = match name {
                 "stopped" => (
                     "restored-after-stop",
@@ -215,27 +210,17 @@ impl<'r> Course<'r> {
     }
 
     /// Starts an observer in `dir`.
-    pub(super) fn begin_watch(
-        &mut self,
-        cmkfs: &Path,
-        mountpoint: &Path,
-        dir: &Path,
-        order: &str,
-    ) -> Result<Watch, String> {
+    pub(super) fn begin_watch(&mut self, cmkfs: &Path, dir: &Path, order: &str) -> Result<Watch, String> {
         let failed = |error: std::io::Error| format!("{}: {error}", dir.display());
         let is_root = rustix::process::geteuid().is_root();
         if order == "plant" {
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-            if is_root && matches!(self.request.subject, super::Subject::Scratch) {
-                std::fs::set_permissions(mountpoint, mode).map_err(failed)?;
-            }
             std::fs::create_dir(dir).map_err(failed)?;
             if is_root {
                 std::os::unix::fs::chown(dir, Some(NOBODY), Some(NOBODY)).map_err(failed)?;
             }
         }
-        let mut watch = Watch::start(cmkfs, is_root.then_some(NOBODY))?;
-        watch.take_up(order, dir, &self.markers)?;
+        let mut watch = Watch::start(cmkfs, dir, is_root.then_some(NOBODY))?;
+        watch.take_up(order, &self.markers)?;
         watch.tell("start")?;
         self.doing(&format!("the observer is process {}", watch.pid()));
         Ok(watch)

@@ -73,7 +73,7 @@ impl Course<'_> {
             live.mountpoint
                 .join(format!(".cmkfs-drill-{}", std::process::id())),
         );
-        let mut watch = self.begin_watch(&cmkfs, &live.mountpoint, &canary.0, "plant")?;
+        let mut watch = self.begin_watch(&cmkfs, &canary.0, "plant")?;
         self.readable(
             &mut watch,
             ("markers-written", 1, "what was written is read back"),

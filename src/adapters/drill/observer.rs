@@ -60,6 +60,7 @@ pub fn run() -> Result<(), String> {
 
 fn obey(words: &[&str], watched: &mut Option<Watched>) -> Result<String, String> {
     match (words, watched.as_mut()) {
+        (["enter", dir], None) => enter(dir),
         (["become", uid], None) => become_user(uid),
         (["plant", dir, nonce, large], None) => {
             let markers = parse(nonce, large)?;
@@ -87,6 +88,12 @@ fn obey(words: &[&str], watched: &mut Option<Watched>) -> Result<String, String>
 fn parse(nonce: &str, large: &str) -> Result<Markers, String> {
     let large = large.parse().map_err(|_| "no size".to_owned())?;
     Ok(Markers::new(Nonce::parse(nonce)?, large))
+}
+
+/// Works in a directory that it may not be able to reach once it has no privileges any more.
+fn enter(dir: &str) -> Result<String, String> {
+    std::env::set_current_dir(dir).map_err(|error| format!("{dir}: {error}"))?;
+    Ok("ok".to_owned())
 }
 
 /// Gives up every privilege for good.

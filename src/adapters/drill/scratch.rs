@@ -96,8 +96,7 @@ impl Scratch {
             let made = DirBuilder::new().mode(mode).create(path);
             made.map_err(|error| format!("{}: {error}", path.display()))
         };
-        // The observer is another user, and passes through.
-        make(&dir, 0o755)?;
+        make(&dir, 0o700)?;
         let scratch = Self {
             dir,
             programs,
@@ -105,8 +104,6 @@ impl Scratch {
             mount: None,
             client: None,
         };
-        let mode = rustix::fs::Mode::from_raw_mode(0o755);
-        rustix::fs::chmod(&scratch.dir, mode).map_err(|error| format!("scratch directory: {error}"))?;
         make(&scratch.mountpoint(), 0o700)?;
         make(&scratch.path("copies"), 0o700)?;
         make(&scratch.path("withheld"), 0o700)?;

@@ -31,11 +31,11 @@ pub struct Load {
 }
 
 impl Watch {
-    /// Starts one, as user `uid` if one is given.
+    /// Starts one in `dir`, as user `uid` if one is given.
     ///
     /// # Errors
     /// It does not start, or cannot become that user.
-    pub fn start(cmkfs: &Path, uid: Option<u32>) -> Result<Self, String> {
+    pub fn start(cmkfs: &Path, dir: &Path, uid: Option<u32>) -> Result<Self, String> {
         let mut child = Command::new(cmkfs)
             .args(["drill", "observe"])
             .stdin(Stdio::piped())
@@ -60,6 +60,8 @@ impl Watch {
             orders,
             answers,
         };
+        let dir = dir.to_str().ok_or("the directory has no name that can be told")?;
+        watch.tell(&format!("enter\t{dir}"))?;
         if let Some(uid) = uid {
             watch.tell(&format!("become\t{uid}"))?;
         }
@@ -110,13 +112,9 @@ impl Watch {
     ///
     /// # Errors
     /// What went wrong.
-    pub fn take_up(&mut self, order: &str, dir: &Path, markers: &Markers) -> Result<(), String> {
-        let dir = dir.to_str().ok_or("the directory has no name that can be told")?;
-        self.tell(&format!(
-            "{order}\t{dir}\t{}\t{}",
-            markers.nonce().text(),
-            markers.large_bytes()
-        ))?;
+    pub fn take_up(&mut self, order: &str, markers: &Markers) -> Result<(), String> {
+        let (nonce, large) = (markers.nonce().text(), markers.large_bytes());
+        self.tell(&format!("{order}\t.\t{nonce}\t{large}"))?;
         Ok(())
     }
 
