@@ -7,14 +7,13 @@ mod acl;
 mod attributes;
 mod crash;
 mod directories;
+mod drill;
 mod errors;
 mod fencing;
 mod files;
 mod fsck;
 mod handles;
 mod locks;
-#[path = "../common/memory.rs"]
-mod memory;
 mod names;
 mod posix;
 mod privacy;

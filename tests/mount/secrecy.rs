@@ -1,11 +1,11 @@
 //! What a mount and its kmsd hold in memory: keys and content while the key is enabled, nothing of them once it is
 //! disabled.
 
-use crate::memory::{Findings, Needles, WINDOW, exposure};
 use crate::world::{World, errno, noise};
 use kms_client::{Client, EncryptionContext};
 use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, Sealer, SecretKey, TAG_LEN, Tag, derive};
 use rocksdb::{DB, IteratorMode, Options};
+use secret_search::{Findings, Needles, WINDOW, exposure};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -144,13 +144,13 @@ fn add_material(world: &World, needles: &mut Needles) {
 
 /// Searches until nothing is found but what `may_stay`; says what was found last.
 fn search_until_gone(needles: &Needles, pid: u32, may_stay: impl Fn(&str) -> bool) -> Findings {
-    let mut last = needles.search(pid);
+    let mut last = needles.search(pid).unwrap();
     for _ in 0..SEARCHES {
         last.places.retain(|name, _| !may_stay(name));
         if last.places.is_empty() {
             break;
         }
-        last = needles.search(pid);
+        last = needles.search(pid).unwrap();
     }
     last
 }
@@ -221,7 +221,7 @@ fn a_disabled_key_leaves_no_key_content_or_name_in_memory() {
     add_material(&world, &mut needles);
 
     for round in 0..2 {
-        let live = needles.search(mount);
+        let live = needles.search(mount).unwrap();
         for what in ["record key", "name key", "file key", "content", "name:"] {
             assert!(live.has(what), "round {round}: the search finds the {what}");
         }
@@ -235,7 +235,7 @@ fn a_disabled_key_leaves_no_key_content_or_name_in_memory() {
                 "round {round}, live: {form} at {places:#?}"
             );
         }
-        let live = needles.search(kmsd);
+        let live = needles.search(kmsd).unwrap();
         assert!(
             live.has("material"),
             "round {round}: the search finds the material"
@@ -276,7 +276,7 @@ fn neither_daemon_leaves_a_core_or_is_swapped() {
         .read_to_end(&mut content)
         .unwrap();
     for pid in [world.mount_pid(), world.kmsd_pid()] {
-        assert_eq!(exposure(pid), Vec::<String>::new());
+        assert_eq!(exposure(pid).unwrap(), Vec::<String>::new());
     }
     // Fatal, and one that dumps a core where that is permitted.
     assert!(!world.end_mount(libc::SIGABRT).core_dumped());

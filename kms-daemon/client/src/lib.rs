@@ -10,12 +10,12 @@ mod session;
 mod side;
 
 pub use connection::ClientError;
-pub use kms_api::{Code, EncryptionContext, KmsError, socket_path};
+pub use kms_api::{Code, EncryptionContext, KmsError, proto, socket_path};
 pub use ledger::Ledger;
 pub use session::{Descriptors, IssuedKey, KeyState, KeyStatus, Position, Renewal, Session, Watch};
 
 use connection::Connection;
-use kms_api::proto::{self, kms_client::KmsClient};
+use kms_api::proto::kms_client::KmsClient;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;

@@ -2,12 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
-#[allow(dead_code)]
-#[path = "../../../tests/common/memory.rs"]
-mod memory;
-
 use kms_crypto::{KeySalt, Label, NonceSource, Prf, Sealer, SecretKey, derive};
-use memory::Needles;
+use secret_search::Needles;
 use std::sync::Barrier;
 
 /// One test: others' threads would have keys of their own about. The keys are used on a thread that stands still while
@@ -31,10 +27,10 @@ fn keys_lie_in_the_arena_alone_and_nowhere_once_they_are_dropped() {
         });
         let needles = needles.recv().unwrap();
         used.wait();
-        let live = needles.search(std::process::id());
+        let live = needles.search(std::process::id()).unwrap();
         go_on.wait();
         dropped.wait();
-        let gone = needles.search(std::process::id());
+        let gone = needles.search(std::process::id()).unwrap();
         go_on.wait();
 
         for name in ["parent", "derived", "prf"] {

@@ -34,16 +34,16 @@ impl Life for Mortal {
     }
 }
 
-/// A mount that stays, and whose connection nobody can end.
+/// A mount that stays, and whose pages the kernel does not drop.
 struct Stubborn;
 
 impl Reach for Stubborn {
     fn invalidate(&self) -> Result<(), String> {
-        Ok(())
+        Err("busy".to_owned())
     }
 
     fn abort(&self) -> Result<(), String> {
-        Err("no access".to_owned())
+        Ok(())
     }
 
     fn is_gone(&self) -> bool {

@@ -1,8 +1,9 @@
-//! The command line: `cmkfs create`, `mount`, `umount`, `status`, `revoke`, `fsck`.
+//! The command line: `cmkfs create`, `mount`, `umount`, `status`, `revoke`, `fsck`, `drill`.
 
 mod background;
 mod control;
 mod create;
+mod drill;
 mod fsck;
 mod harden;
 mod logging;
@@ -32,6 +33,7 @@ Examples:
   cmkfs revoke ~/private                        dark at once, without kmsd; --undo takes it back
   cmkfs umount ~/private                        returns when everything is on disk
   cmkfs fsck --scrub ~/vault                    check every record and every block of an unmounted volume
+  cmkfs drill --report r.json --html r.html     take a key away, give it back, destroy it, on a scratch volume; with evidence
 
 The socket of kmsd is --socket, else $KMS_SOCKET, else $XDG_RUNTIME_DIR/kmsd/kmsd.sock, else /run/kmsd/kmsd.sock.
 What a program sees when the key may not be used: EKEYREVOKED while it is disabled or pending deletion, ENOKEY once
@@ -60,6 +62,9 @@ enum Command {
     /// Check a volume that is not mounted: records, names, links, counts, slots. Changes nothing without --repair.
     #[command(after_help = FSCK_HELP)]
     Fsck(FsckArguments),
+    /// Show that taking a key away makes everything unreadable at once, and what destroying it is worth; with evidence.
+    #[command(after_help = drill::HELP)]
+    Drill(drill::DrillArguments),
 }
 
 const FSCK_HELP: &str = "\
@@ -158,6 +163,10 @@ pub fn run() -> ExitCode {
                 Err(message) => Err(message),
             }
         }
+        Command::Drill(arguments) => match drill::run(arguments, &socket) {
+            Ok(status) => return status,
+            Err(message) => Err(message),
+        },
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
