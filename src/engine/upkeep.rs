@@ -291,11 +291,18 @@ impl Core {
         let published = std::thread::scope(|scope| {
             let threads: Vec<_> = inodes
                 .chunks(share)
-                .map(|inodes| scope.spawn(|| self.for_each(inodes, |access, node| access.publish(node))))
+                .map(|inodes| {
+                    let publish = || self.for_each(inodes, |access, node| access.publish(node));
+                    (inodes, std::thread::Builder::new().spawn_scoped(scope, publish))
+                })
                 .collect();
             let mut outcome = Ok(());
-            for thread in threads {
-                outcome = outcome.and(thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            for (inodes, thread) in threads {
+                outcome = outcome.and(match thread {
+                    Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                    // A host that gives no more threads is no reason to lose content.
+                    Err(_) => self.for_each(inodes, |access, node| access.publish(node)),
+                });
             }
             outcome
         });
@@ -445,12 +452,15 @@ impl Core {
         laps.end("refused");
         std::thread::scope(|scope| {
             let (done, is_done) = std::sync::mpsc::channel::<()>();
-            scope.spawn(move || {
+            let timer = std::thread::Builder::new().spawn_scoped(scope, move || {
                 // The purge waits for write-backs: once they are refused, it ends.
                 if is_done.recv_timeout(self.options.drain_max) == Err(RecvTimeoutError::Timeout) {
                     self.keyring.end_draining();
                 }
             });
+            if let Err(error) = timer {
+                tracing::warn!(%error, "no thread to keep the time: kmsd alone limits how long storing may take");
+            }
             self.purge();
             laps.end("purged");
             if !self.options.read_only
