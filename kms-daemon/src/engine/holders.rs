@@ -5,7 +5,7 @@
 
 use super::clearing::{Cache, Cleared, Clearing, Seen, Step, takes_over};
 use super::sessions::{DRAIN_MAX_MS, Exit, Facts, Mount, Owner, Session, SessionId, Sessions};
-use super::{Engine, KeyEvent, failed, internal};
+use super::{Engine, KeyEvent, OpenError, failed, internal};
 use crate::fence::{Life, Process, Reach, may_be_mounted, within};
 use crate::rows::HolderRow;
 use crate::store::{Store, StoreError, Table};
@@ -49,7 +49,7 @@ pub(super) fn load(
     store: &Store,
     boot_id: &str,
     mut reach: impl FnMut(SessionId) -> Option<Arc<dyn Reach>>,
-) -> Result<Sessions, StoreError> {
+) -> Result<Sessions, OpenError> {
     let damaged = || StoreError::Damaged("holders");
     let mut left = Vec::new();
     for (key, plain) in store.scan(Table::Holders)? {
@@ -65,8 +65,18 @@ pub(super) fn load(
             .keys
             .iter()
             .map(|id| Uuid::from_slice(id).map_err(|_| damaged()));
-        let process = Process::find(row.pid)
-            .ok()
+        let process = match Process::find(row.pid) {
+            Ok(process) => Some(process),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => None,
+            // One that may be alive must not be taken for gone, and what it holds with it.
+            Err(error) => {
+                return Err(OpenError::Other(format!(
+                    "process {}, which may hold data keys, cannot be looked at: {error}",
+                    row.pid
+                )));
+            }
+        };
+        let process = process
             .filter(|process| process.began_at(row.started_ticks))
             .map(|process| Arc::new(process) as Arc<dyn Life>);
         let facts = Facts {

@@ -19,7 +19,7 @@ impl Process {
     /// The process `pid`, whichever has that number now.
     ///
     /// # Errors
-    /// ESRCH if there is none.
+    /// ESRCH if there is none; anything else says nothing about whether there is.
     pub(crate) fn find(pid: i32) -> Result<Self> {
         let number = Pid::from_raw(pid).ok_or_else(|| Error::from_raw_os_error(libc::ESRCH))?;
         Self::of(pidfd_open(number, PidfdFlags::empty())?, pid)
@@ -59,15 +59,17 @@ impl Process {
     }
 
     fn of(pidfd: OwnedFd, pid: i32) -> Result<Self> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        let process = Self {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        let mut process = Self {
             pidfd,
-            started_ticks: started_ticks(&stat).ok_or_else(|| Error::other("/proc/PID/stat is malformed"))?,
+            started_ticks: 0,
         };
         // What was read is this process's only if it was there until now.
         if process.has_exited() {
             return Err(Error::from_raw_os_error(libc::ESRCH));
         }
+        process.started_ticks =
+            started_ticks(&stat?).ok_or_else(|| Error::other("/proc/PID/stat is malformed"))?;
         Ok(process)
     }
 
