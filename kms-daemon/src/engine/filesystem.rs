@@ -89,9 +89,9 @@ impl Engine {
         let session = Session::new(key, facts, process, boot_ms);
         let session = self.sessions.insert(session, boot_ms)?;
         // What is mounted is taken over with the mount's descriptors.
-        let row = session.row.lock();
+        let (manifest, row) = (self.manifest.lock(), session.row.lock());
         self.take_over(&session, None)?;
-        drop(row);
+        drop((row, manifest));
         let opened = OpenedSession {
             id,
             server_public,

@@ -102,12 +102,14 @@ impl Engine {
     /// Makes a session a holder of `keys`, durably, before anything under them leaves. The caller holds the keys' read
     /// locks, so that a revocation sees it or it sees the revocation.
     pub(super) fn register(&self, session: &Session, keys: &BTreeSet<Uuid>) -> Result<(), KmsError> {
+        // A row that is written while the keystore goes to its next epoch would be left behind in the one before.
+        let _manifest = (!session.uses_all(keys)).then(|| self.manifest.lock());
         let _row = session.row.lock();
         session.must_go_on()?;
         session.add_used(keys, |all| self.store_holder(session, all, &[]))
     }
 
-    /// Stores a holder's row, in place of those of `replaced`.
+    /// Stores a holder's row, in place of those of `replaced`. The caller holds the manifest.
     fn store_holder(
         &self,
         session: &Session,
@@ -138,7 +140,8 @@ impl Engine {
         stored.map_err(failed)
     }
 
-    /// Has a session of this kmsd answer for what the same process was given by an earlier one. The caller holds its `row`.
+    /// Has a session of this kmsd answer for what the same process was given by an earlier one. The caller holds the manifest,
+    /// and its `row`.
     pub(super) fn take_over(&self, session: &Session, attached: Option<u32>) -> Result<(), KmsError> {
         let fits = |mount: &Mount| takes_over(attached, mount.minor);
         let left = self.sessions.left_behind_by(&session.facts, fits);
@@ -169,6 +172,7 @@ impl Engine {
         let session = self
             .sessions
             .get(session, Owner { uid, pid }, self.clock.boot_ms())?;
+        let _manifest = self.manifest.lock();
         let _row = session.row.lock();
         // Its process may have ended: what is taken over now would not be seen to.
         session.must_go_on()?;

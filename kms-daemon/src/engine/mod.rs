@@ -4,9 +4,9 @@
 //! this order: a key's turn (`holders`), aliases, one key's state (several: in the order of their ids), the manifest, then
 //! leaves, of which none is held while another is taken: the observed time, the cached materials, the offers of import, the
 //! sessions, the store's own. A session's `clearing` is
-//! taken under a key's turn alone, its `row` under `clearing` or a key's read lock, and leaves under that. Whoever writes a row of a key
-//! holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so every change waits for
-//! that; the keys that die are locked from before their intent is recorded until they are Destroyed. A call that uses a
+//! taken under a key's turn alone, its `row` under `clearing`, a key's read lock or the manifest, and leaves under that. Whoever writes
+//! a row of a key or of a holder holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so
+//! every change waits for that, and none is left behind in an epoch that is over; the keys that die are locked from before their intent is recorded until they are Destroyed. A call that uses a
 //! key holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
 //! begins after DisableKey has returned succeeds, and none that succeeded is still unrecorded.
 

@@ -142,7 +142,7 @@ impl Session {
         ids: &BTreeSet<Uuid>,
         store: impl FnOnce(&BTreeSet<Uuid>) -> Result<(), KmsError>,
     ) -> Result<(), KmsError> {
-        if ids.is_subset(&self.used.lock()) {
+        if self.uses_all(ids) {
             return Ok(());
         }
         self.add_and_store(ids, store)
@@ -164,6 +164,10 @@ impl Session {
 
     pub(super) fn used(&self) -> BTreeSet<Uuid> {
         self.used.lock().clone()
+    }
+
+    pub(super) fn uses_all(&self, ids: &BTreeSet<Uuid>) -> bool {
+        ids.is_subset(&self.used.lock())
     }
 
     pub(super) fn uses(&self, id: Uuid) -> bool {

@@ -400,22 +400,26 @@ fn a_key_that_a_session_holds_waits_and_holds_up_no_other() {
 
 /// Has a process hold a key that has ended, and left a mount behind that cannot be reached.
 fn hold(engine: &Engine, id: Uuid) {
-    let pair = KeyPair::generate().unwrap();
-    let peer = KeyPair::generate().unwrap().public();
-    let facts = Facts {
-        owner: Owner { uid: 1, pid: 1 },
-        started_ticks: 1,
-        volume: id,
-        drain_max_ms: 0,
-    };
-    let key = pair.agree(Role::Server, [1; 16], peer).unwrap();
-    let session = Session::new(key, facts, Arc::new(Ended), 0);
+    let session = open_session(engine, id, Arc::new(Ended));
     session.add_used(&BTreeSet::from([id]), |_| Ok(())).unwrap();
     session.set_mount(Mount {
         minor: None,
         reach: Some(Arc::new(Unreachable)),
     });
-    engine.sessions.insert(session, 0).unwrap();
+}
+
+fn open_session(engine: &Engine, volume: Uuid, process: Arc<dyn Life>) -> Arc<Session> {
+    let pair = KeyPair::generate().unwrap();
+    let peer = KeyPair::generate().unwrap().public();
+    let facts = Facts {
+        owner: Owner { uid: 1, pid: 1 },
+        started_ticks: 1,
+        volume,
+        drain_max_ms: 0,
+    };
+    let key = pair.agree(Role::Server, [1; 16], peer).unwrap();
+    let session = Session::new(key, facts, process, 0);
+    engine.sessions.insert(session, 0).unwrap()
 }
 
 struct Ended;

@@ -182,6 +182,33 @@ fn nothing_is_destroyed_without_a_log() {
     assert_eq!(bed.engine().destroy_due().unwrap(), [id]);
 }
 
+/// A holder that comes while the survivors are already written is one of the next epoch.
+#[test]
+fn a_holder_that_registers_while_the_keystore_moves_is_not_left_behind() {
+    let mut bed = Bed::new();
+    let ids = bed.keys(2);
+    bed.doom(&ids[..1]);
+    let engine = bed.engine();
+    let session = open_session(engine, ids[1], Arc::new(Ended));
+    let keys = BTreeSet::from([ids[1]]);
+    std::thread::scope(|scope| {
+        let destroyed = engine.destroy_due_observed(&mut |step| {
+            if step == Step::RowsWritten {
+                let registered = scope.spawn(|| engine.register(&session, &keys).unwrap());
+                for _ in 0..30 {
+                    assert!(!registered.is_finished(), "its row is of the epoch before");
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+            }
+            Ok(())
+        });
+        assert_eq!(destroyed.unwrap(), ids[..1]);
+    });
+    let rows = engine.store.scan(Table::Holders).unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].0, session.id);
+}
+
 /// Calls go on while the keystore moves: reads always, changes when it has.
 #[test]
 fn survivors_serve_while_the_keystore_moves() {
