@@ -209,4 +209,7 @@ pub struct HolderRow {
     /// UUIDs of CMKs.
     #[prost(bytes = "vec", repeated, tag = "9")]
     pub keys: Vec<Vec<u8>>,
+    /// The key domain of the volume, at most 65535.
+    #[prost(uint32, tag = "10")]
+    pub domain: u32,
 }

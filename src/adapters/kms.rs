@@ -86,7 +86,7 @@ impl SessionKeys {
     /// What kmsd said.
     pub fn open(client: Client, volume: [u8; 16], cmk: &str, drain_max: Duration) -> Result<Self, KeyError> {
         let session = client
-            .open_session(volume, drain_max)
+            .open_session(volume, 0, drain_max)
             .map_err(|error| key_error(&error))?;
         Ok(Self {
             client,
@@ -193,7 +193,7 @@ impl SessionKeys {
         }
         let before = *self.seen.lock();
         let open = || {
-            let session = self.client.open_session(self.volume, self.drain_max)?;
+            let session = self.client.open_session(self.volume, 0, self.drain_max)?;
             // Before anything is asked for in it.
             if let Some(mount) = self.mount.get() {
                 session.attach(&mount.descriptors())?;

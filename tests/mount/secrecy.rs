@@ -66,7 +66,7 @@ fn add_volume_keys(world: &World, needles: &mut Needles) {
     let arn_end = 30 + usize::from(u16::from_be_bytes([superblock[28], superblock[29]]));
     let hash = Sha256::digest(&superblock[..arn_end]).into();
     let client = Client::connect(&world.socket(), Duration::from_secs(5)).unwrap();
-    let session = client.open_session(volume, Duration::ZERO).unwrap();
+    let session = client.open_session(volume, 0, Duration::ZERO).unwrap();
     let open = |context, wrapped: &[u8]| {
         let mut opened = session.open_data_keys(&[(context, wrapped.to_vec())]).unwrap();
         opened.pop().unwrap()

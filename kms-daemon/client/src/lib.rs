@@ -55,13 +55,19 @@ impl Client {
             .ok_or_else(|| ClientError::Protocol("DescribeKey answered no metadata".to_owned()))
     }
 
-    /// Opens a session for `volume`. `drain_max` is how long its mount may take to go dark when a key is revoked, before
-    /// kmsd ends it; at most 30 s.
+    /// Opens a session for a key domain of `volume`, whose first is 0. `drain_max` is how long its mount may take to go dark
+    /// when a key is revoked, before kmsd ends it; at most 30 s. What kmsd was to be told of a session that it does not know
+    /// any more, it takes only from one of the same domain.
     ///
     /// # Errors
     /// `Rejected.LimitExceeded` past the bound of sessions for one user, as [`ClientError::Kms`].
-    pub fn open_session(&self, volume: [u8; 16], drain_max: Duration) -> Result<Session, ClientError> {
-        Session::open(Arc::clone(&self.connection), volume, drain_max)
+    pub fn open_session(
+        &self,
+        volume: [u8; 16],
+        domain: u16,
+        drain_max: Duration,
+    ) -> Result<Session, ClientError> {
+        Session::open(Arc::clone(&self.connection), volume, domain, drain_max)
     }
 
     /// While `refusing`, every call fails at once, as [`ClientError::Unreachable`], those that wait for an answer included.

@@ -117,6 +117,7 @@ impl Session {
     pub(crate) fn open(
         connection: Arc<Connection>,
         volume: [u8; 16],
+        domain: u16,
         drain_max: Duration,
     ) -> Result<Self, ClientError> {
         let boot_id = std::fs::read_to_string(BOOT_ID)
@@ -130,6 +131,7 @@ impl Session {
                 volume: volume.to_vec(),
                 boot_id: boot_id.trim().to_owned(),
                 drain_max_ms: Some(drain_max_ms),
+                domain: domain.into(),
             };
             async move { FilesystemKeysClient::new(channel).open_session(request).await }
         })?;

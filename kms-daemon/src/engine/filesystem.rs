@@ -22,6 +22,8 @@ pub(crate) struct Asked<'a> {
     pub(crate) client_public: &'a [u8],
     /// UUID.
     pub(crate) volume: &'a [u8],
+    /// The volume's key domain.
+    pub(crate) domain: u32,
     /// The caller's boot.
     pub(crate) boot_id: &'a str,
     /// How long the caller may take to go dark.
@@ -67,6 +69,8 @@ impl Engine {
             .try_into()
             .map_err(|_| wrong("ClientPublicKey"))?;
         let volume = Uuid::from_slice(asked.volume).map_err(|_| wrong("Volume"))?;
+        let domain =
+            u16::try_from(asked.domain).map_err(|_| KmsError::invalid("Domain", "must be 0 to 65535"))?;
         if asked.boot_id != boot_id()? {
             return Err(KmsError::invalid(
                 "BootId",
@@ -77,6 +81,7 @@ impl Engine {
             owner: owner(call)?,
             started_ticks: process.started_ticks,
             volume,
+            domain,
             drain_max_ms: asked.drain_max_ms.unwrap_or(DRAIN_DEFAULT_MS).min(DRAIN_MAX_MS),
         };
         let id = fresh_uuid()?.into_bytes();

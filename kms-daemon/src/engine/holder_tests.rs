@@ -4,8 +4,11 @@ use super::sessions::{Facts, Mount, Owner, Session, SessionId};
 use super::tests::{create, engine, run};
 use super::{Call, Engine, Principal};
 use crate::fence::{Life, Reach};
+use crate::rows::HolderRow;
+use crate::store::Table;
 use kms_api::Code;
 use kms_api::session::{KeyPair, Role};
+use prost::Message;
 use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,17 +59,22 @@ fn facts() -> Facts {
         owner: OWNER,
         started_ticks: 1,
         volume: Uuid::nil(),
+        domain: 0,
         drain_max_ms: 1,
     }
 }
 
 fn open(engine: &Engine, id: [u8; 16], process: Arc<Mortal>) -> Arc<Session> {
+    open_as(engine, id, process, facts())
+}
+
+fn open_as(engine: &Engine, id: [u8; 16], process: Arc<Mortal>, facts: Facts) -> Arc<Session> {
     let client = KeyPair::generate().unwrap();
     let key = KeyPair::generate()
         .unwrap()
         .agree(Role::Server, id, client.public())
         .unwrap();
-    let session = Session::new(key, facts(), process, 0);
+    let session = Session::new(key, facts, process, 0);
     engine.sessions.insert(session, 0).unwrap()
 }
 
@@ -150,4 +158,77 @@ fn what_a_session_takes_over_as_its_process_ends_does_not_end_with_it() {
         engine.disable_key(call, trail, &key.to_string())
     });
     assert_eq!(revoked.unwrap_err().code, Code::RevocationIncomplete);
+}
+
+/// A mount has a session for each domain that it serves, and hands over the same device with each.
+#[test]
+fn each_domain_s_session_takes_over_what_was_its_own_and_is_named() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = engine(home.path());
+    let of = |domain| Facts { domain, ..facts() };
+    let keys = [0_u16, 7].map(|domain| (domain, create(&engine)));
+    let mount = Mount {
+        minor: Some(MINOR),
+        reach: None,
+    };
+    for (domain, key) in keys {
+        let id = [domain as u8 + 1; 16];
+        let left = Session::left_behind(id, of(domain), None, BTreeSet::from([key]), mount.clone());
+        engine.sessions.insert(left, 0).unwrap();
+    }
+    let process = Arc::new(Mortal::default());
+    for (at, (domain, key)) in keys.into_iter().enumerate() {
+        let id = [domain as u8 + 100; 16];
+        let session = open_as(&engine, id, Arc::clone(&process), of(domain));
+        engine
+            .attach((OWNER.uid, OWNER.pid), &session.id, MINOR, Arc::new(Stubborn))
+            .unwrap();
+        assert_eq!(session.used(), BTreeSet::from([key]));
+        let left = engine.sessions.holders(None);
+        let left = left.iter().filter(|held| held.is_left_behind()).count();
+        assert_eq!(left, 1 - at);
+    }
+    let rows = engine.store.scan(Table::Holders).unwrap();
+    let mut domains: Vec<_> = rows
+        .iter()
+        .map(|(_, plain)| HolderRow::decode(plain.as_slice()).unwrap().domain)
+        .collect();
+    domains.sort_unstable();
+    assert_eq!(domains, [0, 7]);
+    // Each answers for its own key alone, and is named by its domain.
+    process.kill().unwrap();
+    for (domain, key) in keys {
+        let revoked = run(&engine, "DisableKey", |call, trail| {
+            engine.disable_key(call, trail, &key.to_string())
+        });
+        let message = revoked.unwrap_err().message;
+        assert_eq!(message.matches("process 1 of uid 1").count(), 1, "{message}");
+        assert_eq!(message.contains(", domain 7, device"), domain == 7, "{message}");
+    }
+}
+
+#[test]
+fn a_row_of_a_domain_that_cannot_be_stops_the_start() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = engine(home.path());
+    let boot_id = engine.boot_id.clone();
+    let load = |domain| {
+        let row = HolderRow {
+            session_id: vec![1; 16],
+            volume: vec![2; 16],
+            boot_id: boot_id.clone(),
+            pid: i32::MAX,
+            domain,
+            ..HolderRow::default()
+        };
+        let mut change = engine.store.begin();
+        change
+            .put(Table::Holders, &[1; 16], &row.encode_to_vec())
+            .unwrap();
+        change.commit(false).unwrap();
+        super::holders::load(&engine.store, &boot_id, |_| None)
+    };
+    let sessions = load(65_535).unwrap();
+    assert_eq!(sessions.any([1; 16]).unwrap().facts.domain, 65_535);
+    assert!(load(65_536).is_err());
 }

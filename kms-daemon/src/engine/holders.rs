@@ -86,6 +86,7 @@ pub(super) fn load(
             },
             started_ticks: row.started_ticks,
             volume: Uuid::from_slice(&row.volume).map_err(|_| damaged())?,
+            domain: row.domain.try_into().map_err(|_| damaged())?,
             drain_max_ms: row.drain_max_ms,
         };
         let mount = Mount {
@@ -127,6 +128,7 @@ impl Engine {
             device_minor: session.mount().minor,
             drain_max_ms: facts.drain_max_ms,
             keys: keys.iter().map(|id| id.as_bytes().to_vec()).collect(),
+            domain: facts.domain.into(),
         };
         let mut change = self.store.begin();
         let stored = change
@@ -399,14 +401,23 @@ fn bounded(mount: Mount, act: impl FnOnce(&dyn Reach) -> Result<(), String> + Se
 
 /// A holder in words.
 fn describe(holder: &Session) -> String {
-    let Facts { owner, volume, .. } = &holder.facts;
+    let Facts {
+        owner,
+        volume,
+        domain,
+        ..
+    } = &holder.facts;
+    let domain = match domain {
+        0 => String::new(),
+        domain => format!(", domain {domain}"),
+    };
     let device = holder
         .mount()
         .minor
         .map(|minor| format!(", device 0:{minor}"))
         .unwrap_or_default();
     format!(
-        "process {} of uid {} (volume {volume}{device})",
+        "process {} of uid {} (volume {volume}{domain}{device})",
         owner.pid, owner.uid
     )
 }

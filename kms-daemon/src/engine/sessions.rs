@@ -66,6 +66,8 @@ pub(super) struct Facts {
     /// When the process began, in clock ticks since the boot.
     pub(super) started_ticks: u64,
     pub(super) volume: Uuid,
+    /// The key domain of the volume.
+    pub(super) domain: u16,
     pub(super) drain_max_ms: u32,
 }
 
@@ -295,12 +297,14 @@ impl Sessions {
         self.table.lock().values().filter(holds).map(Arc::clone).collect()
     }
 
-    /// What the same process left with an earlier kmsd, and `fits`.
+    /// What the same process left with an earlier kmsd for the same domain of the same volume, and `fits`. Another domain's
+    /// session would have to answer for keys that it knows nothing of.
     pub(super) fn left_behind_by(&self, facts: &Facts, fits: impl Fn(&Mount) -> bool) -> Vec<Arc<Session>> {
         let same = |held: &&Arc<Session>| {
             held.is_left_behind()
                 && held.facts.owner == facts.owner
                 && held.facts.started_ticks == facts.started_ticks
+                && (held.facts.volume, held.facts.domain) == (facts.volume, facts.domain)
                 && fits(&held.mount.lock())
         };
         self.table.lock().values().filter(same).map(Arc::clone).collect()
@@ -379,6 +383,7 @@ mod tests {
             owner,
             started_ticks: 1,
             volume: Uuid::from_bytes([3; 16]),
+            domain: 0,
             drain_max_ms: DRAIN_DEFAULT_MS,
         }
     }
@@ -433,7 +438,19 @@ mod tests {
             started_ticks: 2,
             ..facts(OWNER)
         };
-        assert_eq!(found(&later, Some(4)), 0);
+        let others = [
+            Facts {
+                domain: 1,
+                ..facts(OWNER)
+            },
+            Facts {
+                volume: Uuid::nil(),
+                ..facts(OWNER)
+            },
+        ];
+        for other in [later].iter().chain(&others) {
+            assert_eq!(found(other, Some(4)), 0);
+        }
         assert_eq!(sessions.holders(None).len(), 1);
     }
 

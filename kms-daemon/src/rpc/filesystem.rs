@@ -36,6 +36,7 @@ impl FilesystemKeys for FilesystemService {
                 let asked = Asked {
                     client_public: &request.client_public_key,
                     volume: &request.volume,
+                    domain: request.domain,
                     boot_id: &request.boot_id,
                     drain_max_ms: request.drain_max_ms,
                 };

@@ -49,7 +49,7 @@ fn keys_are_issued_and_opened_also_after_a_restart() {
     let mut kms = Kms::start();
     let key = kms.create_key();
     let client = kms.client();
-    let session = client.open_session(VOLUME, DRAIN).unwrap();
+    let session = client.open_session(VOLUME, 0, DRAIN).unwrap();
     // More than one batch of 256.
     let (items, plain) = issue(&session, &key, 600);
     let distinct: std::collections::HashSet<_> = plain.iter().collect();
@@ -66,7 +66,7 @@ fn keys_are_issued_and_opened_also_after_a_restart() {
     kms.restart();
     assert_eq!(code(session.renew(Duration::MAX)), Code::SessionNotFound);
     assert_eq!(code(session.open_data_keys(&items)), Code::SessionNotFound);
-    let session = client.open_session(VOLUME, DRAIN).unwrap();
+    let session = client.open_session(VOLUME, 0, DRAIN).unwrap();
     assert!(open(&session) == plain);
     session.close().unwrap();
 }
@@ -76,7 +76,7 @@ fn each_item_fails_by_itself() {
     let kms = Kms::start();
     let (good, disabled) = (kms.create_key(), kms.create_key());
     let client = kms.client();
-    let session = client.open_session(VOLUME, DRAIN).unwrap();
+    let session = client.open_session(VOLUME, 0, DRAIN).unwrap();
     let (mut items, plain) = issue(&session, &good, 3);
     let (others, _) = issue(&session, &disabled, 1);
     revoke(&kms, &session, &["disable-key", "--key-id", &disabled]);
@@ -117,7 +117,7 @@ fn each_item_fails_by_itself() {
 fn renewal_tells_the_state_of_every_key_that_is_used() {
     let kms = Kms::start();
     let (one, two, unused) = (kms.create_key(), kms.create_key(), kms.create_key());
-    let session = kms.client().open_session(VOLUME, DRAIN).unwrap();
+    let session = kms.client().open_session(VOLUME, 0, DRAIN).unwrap();
     assert_eq!(session.renew(Duration::MAX).unwrap().keys, []);
     issue(&session, &one, 1);
     issue(&session, &two, 1);
@@ -144,6 +144,31 @@ fn renewal_tells_the_state_of_every_key_that_is_used() {
         states(),
         (epoch + 2, enabled, Some(KeyState::PendingDeletion), None)
     );
+}
+
+/// A process that serves two domains has a session for each. After a restart the first of them to come back must not answer for
+/// the other: it could not say that the other's keys are gone, and kmsd would end this very process.
+#[test]
+fn after_a_restart_each_domain_s_session_answers_for_its_own_key() {
+    let mut kms = Kms::start();
+    let keys = [kms.create_key(), kms.create_key()];
+    let client = kms.client();
+    let open = |domain| client.open_session(VOLUME, domain, DRAIN).unwrap();
+    for (domain, key) in (0..).zip(&keys) {
+        issue(&open(domain), key, 1);
+    }
+    kms.restart();
+    // The other way round: neither is favoured by coming first.
+    let second = open(1);
+    let first = open(0);
+    for (session, key, other) in [(&first, &keys[0], &keys[1]), (&second, &keys[1], &keys[0])] {
+        let used = session.renew(Duration::MAX).unwrap().keys;
+        assert_eq!(used.len(), 1);
+        assert!(used[0].arn.ends_with(key) && !used[0].arn.ends_with(other));
+    }
+    revoke(&kms, &first, &["disable-key", "--key-id", &keys[0]]);
+    assert_eq!(kms.state(&keys[1]), "Enabled");
+    revoke(&kms, &second, &["disable-key", "--key-id", &keys[1]]);
 }
 
 /// The raw protocol, for what the client library would never send.
@@ -176,6 +201,7 @@ fn open_request() -> proto::OpenSessionRequest {
             .trim()
             .to_owned(),
         drain_max_ms: None,
+        domain: 0,
     }
 }
 
@@ -265,6 +291,10 @@ fn what_would_give_no_secret_or_is_of_another_boot_opens_no_session() {
         },
         proto::OpenSessionRequest {
             boot_id: "another".to_owned(),
+            ..good()
+        },
+        proto::OpenSessionRequest {
+            domain: 65_536,
             ..good()
         },
     ];

@@ -415,6 +415,7 @@ fn open_session(engine: &Engine, volume: Uuid, process: Arc<dyn Life>) -> Arc<Se
         owner: Owner { uid: 1, pid: 1 },
         started_ticks: 1,
         volume,
+        domain: 0,
         drain_max_ms: 0,
     };
     let key = pair.agree(Role::Server, [1; 16], peer).unwrap();
