@@ -126,9 +126,12 @@ impl EpochKeys {
     fn sealer(&self, table: Table) -> &Sealer {
         match table {
             Table::Material => &self.material,
-            Table::Manifest | Table::Keys | Table::Aliases | Table::PendingAudit | Table::Holders => {
-                &self.metadata
-            }
+            Table::Manifest
+            | Table::Keys
+            | Table::Aliases
+            | Table::PendingAudit
+            | Table::Holders
+            | Table::Dependants => &self.metadata,
         }
     }
 

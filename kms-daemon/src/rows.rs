@@ -213,3 +213,23 @@ pub struct HolderRow {
     #[prost(uint32, tag = "10")]
     pub domain: u32,
 }
+
+/// What a mount last reported of one key domain of a volume, which is encrypted under a CMK. Its key names all three.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct DependantRow {
+    /// Where the volume lies on its host; not UTF-8 becomes U+FFFD. 1 to 4096 bytes.
+    #[prost(string, tag = "1")]
+    pub location: String,
+    /// Of the domain.
+    #[prost(uint64, tag = "2")]
+    pub files: u64,
+    /// Of their content.
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
+    /// By the wall clock, in milliseconds since the Unix epoch.
+    #[prost(int64, tag = "4")]
+    pub reported_ms: i64,
+    /// The uid that reported it.
+    #[prost(uint32, tag = "5")]
+    pub uid: u32,
+}

@@ -60,17 +60,20 @@ pub enum Table {
     PendingAudit,
     /// Who holds data keys.
     Holders,
+    /// Volumes and key domains that are encrypted under CMKs.
+    Dependants,
 }
 
 impl Table {
     /// Every table.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Manifest,
         Self::Keys,
         Self::Material,
         Self::Aliases,
         Self::PendingAudit,
         Self::Holders,
+        Self::Dependants,
     ];
 
     /// The tables whose every row the manifest answers for.
@@ -86,6 +89,7 @@ impl Table {
             Self::Aliases => "aliases",
             Self::PendingAudit => "pending_audit",
             Self::Holders => "holders",
+            Self::Dependants => "dependants",
         }
     }
 }
@@ -185,8 +189,33 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`]
     pub fn scan_with(&self, keys: &EpochKeys, table: Table) -> Result<Vec<Row>, StoreError> {
+        self.rows_below(keys, table, &[])
+    }
+
+    /// Every row of this epoch in a table whose key begins with `prefix`, opened, in the order of the keys.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if any is not what was written there.
+    pub fn scan_below(&self, table: Table, prefix: &[u8]) -> Result<Vec<Row>, StoreError> {
+        self.rows_below(&self.state().keys, table, prefix)
+    }
+
+    /// How many they are. None is opened.
+    ///
+    /// # Errors
+    /// [`StoreError::Database`]
+    pub fn count_below(&self, table: Table, prefix: &[u8]) -> Result<usize, StoreError> {
+        let mut count = 0;
+        self.each_row(&self.state().keys, table, prefix, |_, _| {
+            count += 1;
+            Ok(())
+        })?;
+        Ok(count)
+    }
+
+    fn rows_below(&self, keys: &EpochKeys, table: Table, prefix: &[u8]) -> Result<Vec<Row>, StoreError> {
         let mut rows = Vec::new();
-        self.each_row(keys, table, |full, value| {
+        self.each_row(keys, table, prefix, |full, value| {
             let plain = keys.unseal(table, full, value)?;
             rows.push((EpochKeys::short_key(full).to_vec(), plain));
             Ok(())
@@ -209,7 +238,7 @@ impl Store {
     pub fn measure_with(&self, keys: &EpochKeys) -> Result<RowSet, StoreError> {
         let mut set = RowSet::default();
         for table in Table::COUNTED {
-            self.each_row(keys, table, |full, value| {
+            self.each_row(keys, table, &[], |full, value| {
                 set.toggle(keys.element(table, full, value));
                 Ok(())
             })?;
@@ -352,9 +381,10 @@ impl Store {
         &self,
         keys: &EpochKeys,
         table: Table,
+        below: &[u8],
         mut show: impl FnMut(&[u8], &[u8]) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        let prefix = keys.prefix();
+        let prefix = keys.full_key(below);
         let state = self.state();
         let db = state.db()?;
         let rows = db.iterator_cf(

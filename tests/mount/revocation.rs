@@ -106,6 +106,7 @@ fn a_key_pending_deletion_refuses_like_a_disabled_one() {
             &world.key,
             "--pending-window-in-days",
             "7",
+            "--yes",
         ])
         .unwrap();
     assert!(refused(fs::read(world.at("file"))));

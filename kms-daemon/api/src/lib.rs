@@ -23,5 +23,8 @@ pub mod proto {
 /// Items in one batch, at most; what is longer is for the caller to split.
 pub const BATCH_ITEMS_MAX: usize = 256;
 
+/// Bytes of a volume's location in a report of what depends on a key, at most.
+pub const LOCATION_BYTES_MAX: usize = 4096;
+
 /// Bytes of one message on the wire, at most, in both directions.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;

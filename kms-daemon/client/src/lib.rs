@@ -12,7 +12,7 @@ mod side;
 pub use connection::ClientError;
 pub use kms_api::{Code, EncryptionContext, KmsError, proto, socket_path};
 pub use ledger::Ledger;
-pub use session::{Descriptors, IssuedKey, KeyState, KeyStatus, Position, Renewal, Session, Watch};
+pub use session::{Descriptors, IssuedKey, KeyState, KeyStatus, Position, Renewal, Session, Usage, Watch};
 
 use connection::Connection;
 use kms_api::proto::kms_client::KmsClient;

@@ -4,9 +4,10 @@ use crate::connection::{ClientError, Connection};
 use kms_api::proto::{self, filesystem_keys_client::FilesystemKeysClient};
 use kms_api::session::{Binding, KeyPair, Operation, REQUEST_RANDOM_LEN, Role, SessionError, SessionKey};
 use kms_api::side::{Attach, side_channel_path};
-use kms_api::{BATCH_ITEMS_MAX, EncryptionContext, KmsError};
+use kms_api::{BATCH_ITEMS_MAX, EncryptionContext, KmsError, LOCATION_BYTES_MAX};
 use kms_crypto::SecretKey;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -265,6 +266,47 @@ impl Session {
         Ok(())
     }
 
+    /// Says what this session's domain of its volume keeps under `key`, an id or an ARN, for whoever is about to take the key
+    /// away. To be called now and then; kmsd keeps what it was told last.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, the key's state, `Rejected.LimitExceeded`, as [`ClientError::Kms`].
+    pub fn report_usage(&self, key: &str, usage: &Usage<'_>) -> Result<(), ClientError> {
+        self.report(proto::ReportUsageRequest {
+            location: location(usage.location),
+            files: usage.files,
+            bytes: usage.bytes,
+            ..self.report_on(key)
+        })
+    }
+
+    /// Says that nothing of the domain is under `key` any more.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, the key's state, as [`ClientError::Kms`].
+    pub fn report_removed(&self, key: &str) -> Result<(), ClientError> {
+        self.report(proto::ReportUsageRequest {
+            removed: true,
+            ..self.report_on(key)
+        })
+    }
+
+    fn report_on(&self, key: &str) -> proto::ReportUsageRequest {
+        proto::ReportUsageRequest {
+            session_id: self.key.id().to_vec(),
+            key_id: key.to_owned(),
+            ..proto::ReportUsageRequest::default()
+        }
+    }
+
+    fn report(&self, request: proto::ReportUsageRequest) -> Result<(), ClientError> {
+        self.connection.call_repeatably(|channel| {
+            let request = request.clone();
+            async move { FilesystemKeysClient::new(channel).report_usage(request).await }
+        })?;
+        Ok(())
+    }
+
     /// Ends the session.
     ///
     /// # Errors
@@ -365,6 +407,17 @@ impl Session {
     }
 }
 
+/// What a key domain of a volume keeps under a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage<'a> {
+    /// The directory of the volume on its host. What is no UTF-8 in it is replaced, and what is past 4096 bytes is cut.
+    pub location: &'a Path,
+    /// Files of the domain.
+    pub files: u64,
+    /// Bytes of their content.
+    pub bytes: u64,
+}
+
 /// What a mount hands over. kmsd keeps its own descriptors of the same things.
 pub struct Descriptors<'a> {
     /// A clone of the mount's FUSE device.
@@ -388,6 +441,17 @@ impl Watch {
     pub fn wait(&mut self) -> bool {
         matches!(self.connection.next_of(&mut self.stream), Ok(Some(_)))
     }
+}
+
+fn location(path: &Path) -> String {
+    let mut text = path.to_string_lossy().into_owned();
+    // Replacing what is no UTF-8 makes it longer.
+    let mut end = text.len().min(LOCATION_BYTES_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    text
 }
 
 fn request_random() -> Result<[u8; REQUEST_RANDOM_LEN], ClientError> {

@@ -51,7 +51,7 @@ pub struct Item {
     /// Empty if the caller named no key that exists.
     #[prost(string, tag = "1")]
     pub key_arn: String,
-    /// The encryption context.
+    /// The encryption context; of ReportUsage, which domain of which volume depends on the key.
     #[prost(btree_map = "string, string", tag = "2")]
     pub context: BTreeMap<String, String>,
     /// The item's own code, where it is not that of the call.

@@ -226,7 +226,7 @@ impl Engine {
         Ok(())
     }
 
-    fn session(&self, call: &Call, id: &[u8]) -> Result<Arc<Session>, KmsError> {
+    pub(super) fn session(&self, call: &Call, id: &[u8]) -> Result<Arc<Session>, KmsError> {
         self.sessions.get(id, owner(call)?, self.clock.boot_ms())
     }
 

@@ -296,6 +296,7 @@ impl Engine {
             imports: super::Imports::default(),
             sessions,
             turns: super::Turns::default(),
+            reports: super::Reports::default(),
             boot_id,
             session_nonces: NonceSource::new()?,
             refusals: super::Refusals::default(),

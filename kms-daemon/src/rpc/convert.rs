@@ -1,6 +1,6 @@
 //! From the engine's types to the protocol's.
 
-use crate::engine::{Engine, Outcome};
+use crate::engine::{Dependant, Engine, Outcome};
 use crate::rows::KeyRow;
 use kms_api::proto::{self, KeyState};
 use kms_api::{Code, KmsError};
@@ -29,6 +29,18 @@ pub(super) fn metadata(engine: &Engine, row: KeyRow) -> Result<proto::KeyMetadat
         destruction_date_ms: destroyed_ms,
         material_expire_time_ms: row.material_expires_ms,
     })
+}
+
+pub(super) fn dependant(dependant: Dependant) -> proto::Dependant {
+    proto::Dependant {
+        volume_id: dependant.volume.to_string(),
+        domain: dependant.domain.into(),
+        location: dependant.row.location,
+        files: dependant.row.files,
+        bytes: dependant.row.bytes,
+        mounted: dependant.is_mounted,
+        report_time_ms: dependant.row.reported_ms,
+    }
 }
 
 pub(super) fn keystore(engine: &Engine, request_id: &str) -> proto::GetKeystoreInfoResponse {

@@ -2,7 +2,7 @@
 
 use super::Gate;
 use super::exit::watch_exit;
-use crate::engine::{Asked, Call, Engine, KeyEvent, Trail, Watched};
+use crate::engine::{Asked, Call, Engine, KeyEvent, Trail, Usage, Watched};
 use kms_api::proto::{self, filesystem_keys_server::FilesystemKeys};
 use kms_api::{Code, KmsError};
 use std::sync::Arc;
@@ -156,6 +156,24 @@ impl FilesystemKeys for FilesystemService {
                 Ok(proto::AcknowledgeRevocationResponse {})
             };
         self.0.serve("AcknowledgeRevocation", request, handler).await
+    }
+
+    async fn report_usage(
+        &self,
+        request: Request<proto::ReportUsageRequest>,
+    ) -> Answer<proto::ReportUsageResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::ReportUsageRequest| {
+            let usage = Usage {
+                key: &request.key_id,
+                location: &request.location,
+                files: request.files,
+                bytes: request.bytes,
+                removed: request.removed,
+            };
+            engine.report_usage(call, &request.session_id, &usage)?;
+            Ok(proto::ReportUsageResponse {})
+        };
+        self.0.serve_with("ReportUsage", request, handler).await
     }
 
     async fn close_session(

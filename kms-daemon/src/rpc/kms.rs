@@ -1,7 +1,7 @@
 //! The `Kms` service.
 
 use super::Gate;
-use super::convert::{decrypted, encrypted, generated, keystore, metadata, page, wrapped};
+use super::convert::{decrypted, dependant, encrypted, generated, keystore, metadata, page, wrapped};
 use crate::engine::{Action, Call, Engine, NewKey, Outcome, Release, Request as Item, Trail};
 use kms_api::KmsError;
 use kms_api::proto::{self, kms_server::Kms};
@@ -96,6 +96,25 @@ impl Kms for KmsService {
                 })
             };
         self.0.serve("DescribeKey", request, handler).await
+    }
+
+    async fn list_dependants(
+        &self,
+        request: Request<proto::ListDependantsRequest>,
+    ) -> Answer<proto::ListDependantsResponse> {
+        let handler =
+            |engine: &Engine, call: &Call, trail: &mut Trail, request: proto::ListDependantsRequest| {
+                let all = engine.list_dependants(trail, &request.key_id)?;
+                let page = page(all, request.page_number, request.page_size)?;
+                Ok(proto::ListDependantsResponse {
+                    dependants: page.items.into_iter().map(dependant).collect(),
+                    page_number: page.number,
+                    page_size: page.size,
+                    total_count: page.total,
+                    request_id: call.request_id.to_string(),
+                })
+            };
+        self.0.serve("ListDependants", request, handler).await
     }
 
     async fn list_keys(&self, request: Request<proto::ListKeysRequest>) -> Answer<proto::ListKeysResponse> {

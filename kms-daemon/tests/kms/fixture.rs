@@ -160,14 +160,14 @@ impl Kms {
 
     /// kmsctl, as a shell runs it: its JSON, or its standard error.
     pub fn ctl(&self, arguments: &[&str]) -> Result<Value, String> {
+        outcome(&self.ctl_command(arguments).output().unwrap())
+    }
+
+    /// kmsctl, to be run.
+    pub fn ctl_command(&self, arguments: &[&str]) -> Command {
         let mut ctl = Command::new(KMSCTL);
-        outcome(
-            &ctl.arg("--socket")
-                .arg(self.socket())
-                .args(arguments)
-                .output()
-                .unwrap(),
-        )
+        ctl.arg("--socket").arg(self.socket()).args(arguments);
+        ctl
     }
 
     /// A call that must fail, and its code.

@@ -7,6 +7,7 @@ mod audit;
 mod crash;
 mod cryptography;
 mod daemon;
+mod dependants;
 mod destruction;
 mod fixture;
 mod golden;

@@ -137,7 +137,7 @@ fn renewal_tells_the_state_of_every_key_that_is_used() {
     assert_eq!(states(), (epoch + 1, Some(KeyState::Disabled), enabled, None));
     kms.ctl(&["enable-key", "--key-id", &one]).unwrap();
     assert_eq!(states(), (epoch + 1, enabled, enabled, None));
-    let window = ["--pending-window-in-days", "7"];
+    let window = ["--pending-window-in-days", "7", "--yes"];
     let schedule = [&["schedule-key-deletion", "--key-id", &two], &window[..]].concat();
     revoke(&kms, &session, &schedule);
     assert_eq!(

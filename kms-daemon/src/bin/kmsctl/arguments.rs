@@ -58,7 +58,7 @@ pub(crate) enum KeyOperation {
         #[arg(long, default_value = "SOFTWARE")]
         protection_level: String,
     },
-    /// Describe a key, in any state
+    /// Describe a key, in any state, and what is known to depend on it
     DescribeKey(Key),
     /// List all keys, a page at a time
     ListKeys(Page),
@@ -67,12 +67,18 @@ pub(crate) enum KeyOperation {
     /// Disable a key; nothing can be encrypted or decrypted under it when this returns
     DisableKey(Key),
     /// Let a key's material be destroyed when the window has passed, by the clock and in time that kmsd has observed
+    ///
+    /// What is known to depend on the key is shown on standard error first. At a terminal it is asked whether to go on; without
+    /// one, a key that something depends on needs --yes.
     ScheduleKeyDeletion {
         #[command(flatten)]
         key: Key,
         /// 7 to 30
         #[arg(long, value_name = "N")]
         pending_window_in_days: u32,
+        /// Do not ask, whatever depends on the key
+        #[arg(long)]
+        yes: bool,
     },
     /// Get a wrapping key for the material of a key whose origin is EXTERNAL; it opens once, within 24 hours
     GetParametersForImport {

@@ -54,6 +54,21 @@ pub(crate) fn key_metadata(key: &proto::KeyMetadata) -> Value {
     metadata
 }
 
+pub(crate) fn dependants(dependants: &[proto::Dependant]) -> Value {
+    let each = dependants.iter().map(|dependant| {
+        json!({
+            "VolumeId": dependant.volume_id,
+            "Domain": dependant.domain,
+            "Location": dependant.location,
+            "Files": dependant.files,
+            "Bytes": dependant.bytes,
+            "Mounted": dependant.mounted,
+            "ReportTime": time(dependant.report_time_ms),
+        })
+    });
+    each.collect()
+}
+
 pub(crate) fn import(answer: &proto::GetParametersForImportResponse) -> Value {
     json!({
         "KeyId": answer.key_id,

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod audit;
+mod dependants;
 mod json;
 mod operations;
 

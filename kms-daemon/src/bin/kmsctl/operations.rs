@@ -3,11 +3,15 @@
 use crate::arguments::{
     AliasOperation, BatchOperation, CryptographyOperation, DataKey, KeyOperation, KeystoreOperation,
 };
+use crate::dependants;
 use crate::json::{self, Item};
 use kms_api::proto::{self, kms_client::KmsClient};
-use kms_client::{Client, ClientError};
+use kms_client::{Client, ClientError, Code};
 use serde_json::{Value, json};
 use tonic::transport::Channel;
+
+/// What kmsd takes; it has the last word.
+const PENDING_WINDOW_DAYS: std::ops::RangeInclusive<u32> = 7..=30;
 
 /// Calls one method of the API.
 macro_rules! call {
@@ -55,7 +59,15 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
         KeyOperation::DescribeKey(named) => {
             let request = proto::DescribeKeyRequest { key_id: named.key_id };
             let answer = call!(client, describe_key, request)?;
-            Ok(metadata(answer.key_metadata.as_ref(), &answer.request_id))
+            let mut described = metadata(answer.key_metadata.as_ref(), &answer.request_id);
+            if let (Some(key), Some(fields)) = (&answer.key_metadata, described.as_object_mut()) {
+                // kmsd knows a key's state when its store is closed after a failure, too.
+                let dependants = dependants::list(client, &key.key_id)
+                    .inspect_err(|error| dependants::warn(&key.key_id, &describe(error)));
+                let dependants = dependants.map_or(Value::Null, |known| json::dependants(&known));
+                fields.insert("Dependants".to_owned(), dependants);
+            }
+            Ok(described)
         }
         KeyOperation::ListKeys(page) => {
             let request = proto::ListKeysRequest {
@@ -75,14 +87,8 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
         KeyOperation::ScheduleKeyDeletion {
             key,
             pending_window_in_days,
-        } => {
-            let request = proto::ScheduleKeyDeletionRequest {
-                key_id: key.key_id,
-                pending_window_in_days,
-            };
-            let answer = call!(client, schedule_key_deletion, request)?;
-            Ok(json!({ "DeleteDate": json::time(answer.delete_date_ms), "RequestId": answer.request_id }))
-        }
+            yes,
+        } => schedule(client, &key.key_id, pending_window_in_days, yes),
         KeyOperation::GetParametersForImport {
             key,
             wrapping_algorithm,
@@ -118,6 +124,42 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
             Ok(done(&call!(client, cancel_key_deletion, request)?.request_id))
         }
     }
+}
+
+fn schedule(client: &Client, key: &str, pending_window_in_days: u32, yes: bool) -> Result<Value, String> {
+    let key_id = match dependants::of(client, key) {
+        Ok(known) => {
+            // What kmsd refuses whatever is answered is not asked about.
+            if PENDING_WINDOW_DAYS.contains(&pending_window_in_days) && !known.is_destroyed {
+                dependants::confirm(&known, pending_window_in_days, yes)?;
+            }
+            // By its id from here on: an alias may come to name another key while somebody thinks about it.
+            known.key_id
+        }
+        // Without an audit log kmsd answers nothing, but takes away what it is told to.
+        Err(error) if yes => {
+            dependants::warn(key, &describe(&error));
+            key.to_owned()
+        }
+        Err(error) if is_kmsd_at_fault(&error) => {
+            return Err(format!(
+                "{}; what depends on the key cannot be told: repeat with --yes",
+                describe(&error)
+            ));
+        }
+        Err(error) => return Err(describe(&error)),
+    };
+    let request = proto::ScheduleKeyDeletionRequest {
+        key_id,
+        pending_window_in_days,
+    };
+    let answer = call!(client, schedule_key_deletion, request)?;
+    Ok(json!({ "DeleteDate": json::time(answer.delete_date_ms), "RequestId": answer.request_id }))
+}
+
+/// It answered that it cannot answer.
+fn is_kmsd_at_fault(error: &ClientError) -> bool {
+    matches!(error, ClientError::Kms(error) if matches!(error.code, Code::ServiceUnavailable | Code::InternalFailure))
 }
 
 pub(crate) fn keystore(client: &Client, operation: KeystoreOperation) -> Result<Value, String> {

@@ -209,6 +209,43 @@ fn a_holder_that_registers_while_the_keystore_moves_is_not_left_behind() {
     assert_eq!(rows[0].0, session.id);
 }
 
+/// What depended on a key is known when the key is gone; and what is reported while the survivors are already written is of the
+/// next epoch.
+#[test]
+fn what_depends_on_keys_outlives_them() {
+    use crate::engine::dependants_tests::{listed, report, session, usage};
+    let mut bed = Bed::new();
+    let ids = bed.keys(2);
+    let names = [ids[0].to_string(), ids[1].to_string()];
+    let mut expected = Vec::new();
+    for domain in [0, 1] {
+        let session = session(bed.engine(), ids[0], domain);
+        for name in &names {
+            report(bed.engine(), &session, &usage(name)).unwrap();
+        }
+        expected.push((domain, "/srv/vault".to_owned(), 3, false));
+    }
+    bed.doom(&ids[..1]);
+    let engine = bed.engine();
+    let late = session(engine, ids[0], 2);
+    std::thread::scope(|scope| {
+        let destroyed = engine.destroy_due_observed(&mut |step| {
+            if step == Step::RowsWritten {
+                scope.spawn(|| report(engine, &late, &usage(&names[1])).unwrap());
+                std::thread::sleep(std::time::Duration::from_millis(100));
+            }
+            Ok(())
+        });
+        assert_eq!(destroyed.unwrap(), ids[..1]);
+    });
+    for _ in 0..2 {
+        assert_eq!(state(bed.engine(), ids[0]), KeyState::Destroyed);
+        assert_eq!(listed(bed.engine(), ids[0]), expected);
+        assert_eq!(listed(bed.engine(), ids[1]).len(), 3);
+        bed.reopen();
+    }
+}
+
 /// Calls go on while the keystore moves: reads always, changes when it has.
 #[test]
 fn survivors_serve_while_the_keystore_moves() {
