@@ -63,9 +63,10 @@ impl Active {
         self.pending_bytes() > PENDING_BYTES_MAX
     }
 
-    /// Drops every node: their content is plaintext's shadow, and the keys are going.
-    pub(crate) fn clear(&self) {
-        self.nodes.lock().clear();
-        self.pending_bytes.store(0, Ordering::Relaxed);
+    /// Takes every node whose keys are going: their content is plaintext's shadow.
+    pub(crate) fn take(&self, going: impl Fn(Ino) -> bool) -> Vec<Arc<Node>> {
+        let mut nodes = self.nodes.lock();
+        let gone = nodes.extract_if(|ino, _| going(*ino));
+        gone.map(|(_, node)| node).collect()
     }
 }

@@ -2,6 +2,7 @@
 //! batch with one root record. Syncs are shared, and never made under the writer's lock.
 
 use super::error::{Error, Result};
+use super::format::domain::Usage;
 use super::format::root::RootRecord;
 use super::format::rowkey::{self, Family};
 use super::keys::DomainKeys;
@@ -9,19 +10,24 @@ use super::space::Space;
 use super::store::{Change, Mode, Store, SyncError};
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::sync::{Mutex, rank};
-use super::types::Domain;
+use super::types::{Domain, Ino};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// The number of a commit. Each batch written to the log has the next one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) struct Seq(pub(crate) u64);
 
-/// The changes of one operation, sealed, with what they add to the root's counters.
+/// The changes of one operation, sealed, with what they add to the counters.
 #[derive(Default)]
 pub(crate) struct Batch {
     changes: Vec<Change>,
+    /// Whose inodes and blocks are counted, beside the volume's as a whole.
+    domain: Domain,
     inodes: i64,
     blocks: i64,
+    /// What a domain is said to hold from now on, whatever it was; none to have nothing said of it any more.
+    usage: Option<(Domain, Option<Usage>)>,
 }
 
 impl Batch {
@@ -37,13 +43,47 @@ impl Batch {
         self.changes.push(Change::DeleteRange(family, from, to));
     }
 
-    pub(crate) fn count_inodes(&mut self, delta: i64) {
+    /// Counts inodes of a domain, the only one that this batch counts for.
+    pub(crate) fn count_inodes(&mut self, domain: Domain, delta: i64) {
+        self.domain = domain;
         self.inodes = self.inodes.saturating_add(delta);
     }
 
-    pub(crate) fn count_blocks(&mut self, before: u64, after: u64) {
+    /// Counts blocks; as [`Self::count_inodes`].
+    pub(crate) fn count_blocks(&mut self, domain: Domain, before: u64, after: u64) {
+        self.domain = domain;
         let delta = i128::from(after) - i128::from(before);
         self.blocks = self.blocks.saturating_add(i64::try_from(delta).unwrap_or(0));
+    }
+
+    /// Sets what a domain holds, for whoever makes or ends one; the volume's counters are not changed by it.
+    pub(crate) fn set_usage(&mut self, domain: Domain, usage: Option<Usage>) {
+        self.usage = Some((domain, usage));
+    }
+
+    /// Takes what a domain held off the volume's counters.
+    pub(crate) fn discount(&mut self, usage: Usage) {
+        let negative = |count: u64| i64::try_from(count).map_or(i64::MIN, |count| -count);
+        self.inodes = self.inodes.saturating_add(negative(usage.inodes));
+        self.blocks = self.blocks.saturating_add(negative(usage.blocks));
+    }
+
+    /// Adds to what is said of domains what this batch says: `before` of those that nothing was said of yet in this commit.
+    fn note_usage(&self, before: &BTreeMap<Domain, Usage>, said: &mut BTreeMap<Domain, Option<Usage>>) {
+        if let Some((domain, usage)) = self.usage {
+            said.insert(domain, usage);
+        }
+        if self.domain == Domain::FIRST {
+            return;
+        }
+        let usage = said
+            .entry(self.domain)
+            .or_insert_with(|| before.get(&self.domain).copied());
+        // Nothing is counted for a domain that is gone.
+        if let Some(usage) = usage {
+            usage.inodes = usage.inodes.saturating_add_signed(self.inodes);
+            usage.blocks = usage.blocks.saturating_add_signed(self.blocks);
+        }
     }
 
     /// About what it takes in the log.
@@ -84,6 +124,8 @@ struct Waiting {
 pub(crate) struct Written {
     pub(crate) root: RootRecord,
     pub(crate) row: Vec<u8>,
+    /// What each domain but the first holds.
+    pub(crate) usage: BTreeMap<Domain, Usage>,
 }
 
 /// Orders commits and knows which of them are durable.
@@ -160,21 +202,43 @@ impl Committer {
             durable_seq: self.durable.load(Ordering::Acquire),
             ..last.root
         };
+        let mut touched = BTreeMap::new();
         for batch in group {
             root.inodes = root.inodes.saturating_add_signed(batch.inodes);
             root.blocks = root.blocks.saturating_add_signed(batch.blocks);
+            batch.note_usage(&last.usage, &mut touched);
+        }
+        let mut own = Vec::new();
+        for (domain, usage) in &touched {
+            let key = rowkey::usage(*domain);
+            own.push(match usage {
+                Some(usage) => {
+                    let row = keys.seal_row(Family::Meta, &key, &usage.encode())?;
+                    Change::Put(Family::Meta, key, row)
+                }
+                None => Change::Delete(Family::Meta, key),
+            });
         }
         let key = rowkey::root(keys.domain());
         let row = keys.seal_row(Family::Meta, &key, &root.encode())?;
-        let root_change = Change::Put(Family::Meta, key.clone(), row.clone());
+        own.push(Change::Put(Family::Meta, key.clone(), row.clone()));
         let changes = || {
             let changes = group.iter().flat_map(|batch| &batch.changes);
-            changes.chain(std::iter::once(&root_change))
+            changes.chain(&own)
         };
-        let next = Written { root, row };
         let has_room = || self.has_room(group);
-        self.append(last, &key, &next, has_room, || self.store.write(changes()))?;
-        *last = next;
+        let expected: [&[u8]; 2] = [&row, &last.row];
+        self.append(&expected, &key, root.commit_seq, has_room, || {
+            self.store.write(changes())
+        })?;
+        last.root = root;
+        last.row = row;
+        for (domain, usage) in touched {
+            match usage {
+                Some(usage) => last.usage.insert(domain, usage),
+                None => last.usage.remove(&domain),
+            };
+        }
         if changes().any(|change| !matches!(change, Change::Put(..))) {
             self.deletions.fetch_add(1, Ordering::Relaxed);
         }
@@ -193,12 +257,13 @@ impl Committer {
         }
     }
 
-    /// Appends a batch by `write`, in the ballast's room if there is no other.
+    /// Appends the batch of commit `seq` by `write`, in the ballast's room if there is no other. `expected`: the root records
+    /// that the log ends with if it is there, and if it is not.
     fn append(
         &self,
-        last: &Written,
+        expected: &[&[u8]; 2],
         key: &[u8],
-        next: &Written,
+        seq: u64,
         has_room: impl Fn() -> Result<bool>,
         write: impl Fn() -> Result<()>,
     ) -> Result<()> {
@@ -206,7 +271,7 @@ impl Committer {
             return Err(Error::Posix(libc::ENOSPC));
         }
         if self.store.mode() == Mode::ReadOnly {
-            self.reopen(&[&last.row], key, Mode::Tight)?;
+            self.reopen(&expected[1..], key, Mode::Tight)?;
         }
         for _ in 0..APPENDS_MAX {
             if self.store.mode() != Mode::ReadOnly {
@@ -222,9 +287,9 @@ impl Committer {
             if goes_on {
                 self.space.give_up_ballast();
             }
-            if self.reopen(&[&next.row, &last.row], key, Mode::Tight)? == 0 {
+            if self.reopen(expected, key, Mode::Tight)? == 0 {
                 // The last append got there all the same, and is durable now, as all is that was committed before.
-                self.durable.fetch_max(next.root.commit_seq, Ordering::AcqRel);
+                self.durable.fetch_max(seq, Ordering::AcqRel);
                 return Ok(());
             }
             if !goes_on {
@@ -269,16 +334,28 @@ impl Committer {
         self.deletions.load(Ordering::Relaxed)
     }
 
-    /// Reserves `count` inode numbers, durably, and returns the first.
-    pub(crate) fn reserve_inodes(&self, keys: &DomainKeys, count: u64) -> Result<u64> {
+    /// Reserves `count` inode numbers of a domain, durably, and returns the first. `keys` are the first domain's.
+    pub(crate) fn reserve_inodes(&self, keys: &DomainKeys, domain: Domain, count: u64) -> Result<u64> {
         let first = {
-            let root = &mut self.writer.lock().root;
-            let first = root.ino_limit;
-            let limit = first.checked_add(count).filter(|limit| *limit < 1 << 48);
-            root.ino_limit = limit.ok_or(Error::Posix(libc::ENOSPC))?;
+            let mut last = self.writer.lock();
+            let limit = match domain {
+                Domain::FIRST => &mut last.root.ino_limit,
+                // A domain that is gone gives no numbers.
+                _ => match last.usage.get_mut(&domain) {
+                    Some(usage) => &mut usage.ino_limit,
+                    None => return Err(Error::Posix(libc::ESTALE)),
+                },
+            };
+            let first = *limit;
+            let raised = first.checked_add(count);
+            let raised = raised.filter(|limit| Ino(*limit).domain() == domain);
+            *limit = raised.ok_or(Error::Posix(libc::ENOSPC))?;
             first
         };
-        let seq = self.commit(keys, Batch::default())?;
+        let mut batch = Batch::default();
+        // Has the raised limit written.
+        batch.count_inodes(domain, 0);
+        let seq = self.commit(keys, batch)?;
         self.sync_to(seq)?;
         Ok(first)
     }
@@ -328,6 +405,28 @@ impl Committer {
     /// The counters as of the last commit.
     pub(crate) fn root(&self) -> RootRecord {
         self.writer.lock().root
+    }
+
+    /// What a domain but the first holds, as of the last commit; `None` once it is gone.
+    pub(crate) fn usage(&self, domain: Domain) -> Option<Usage> {
+        self.writer.lock().usage.get(&domain).copied()
+    }
+
+    /// What a domain holds, the first too: of the whole volume what is no other's.
+    pub(crate) fn holds(&self, domain: Domain) -> Usage {
+        let last = self.writer.lock();
+        match domain {
+            Domain::FIRST => {
+                let sum = |count: fn(&Usage) -> u64| last.usage.values().map(count).sum();
+                let (inodes, blocks): (u64, u64) = (sum(|usage| usage.inodes), sum(|usage| usage.blocks));
+                Usage {
+                    ino_limit: last.root.ino_limit,
+                    inodes: last.root.inodes.saturating_sub(inodes),
+                    blocks: last.root.blocks.saturating_sub(blocks),
+                }
+            }
+            _ => last.usage.get(&domain).copied().unwrap_or_default(),
+        }
     }
 
     /// Rule R6: after a failed append or sync of the log nobody may claim success.

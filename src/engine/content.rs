@@ -97,7 +97,7 @@ impl Incoming {
         for (index, ((data, sealed), block)) in blocks.enumerate() {
             let bytes = index * BLOCK..(index + 1) * BLOCK;
             if self.written.start <= bytes.start && bytes.end <= self.written.end {
-                *sealed = Some((key.seal(access.keys().nonce()?, block, data)?, BLOCK as u16));
+                *sealed = Some((key.seal(access.nonce()?, block, data)?, BLOCK as u16));
             }
         }
         Ok(())
@@ -374,10 +374,7 @@ impl Access<'_> {
             .clamp(1, BLOCK_U64);
         let length = if small { left as usize } else { BLOCK };
         let body = data.get_mut(..length).unwrap_or_default();
-        Ok((
-            key.blocks().seal(self.keys().nonce()?, number, body)?,
-            length as u16,
-        ))
+        Ok((key.blocks().seal(self.nonce()?, number, body)?, length as u16))
     }
 
     /// Places sealed blocks chunk by chunk; says how many blocks were placed, and what stopped it.

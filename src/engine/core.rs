@@ -1,28 +1,28 @@
 //! What an open volume consists of, and how an operation gets at it: through an [`Access`], which proves that the
-//! volume's keys may be used for as long as it is held.
+//! keys of a domain, and those of the volume's first, may be used for as long as it is held.
 
 use super::active::Active;
 use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::Clock;
 use super::commit::{Batch, Committer, Seq};
-use super::dek::Misses;
+use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};
 use super::format::inode::InodeRecord;
 use super::format::root::SealRecord;
 use super::format::rowkey::{self, Family};
-use super::keyring::{Admission, Keyring, Purpose};
+use super::keyring::{Admission, Purpose};
 use super::keys::DomainKeys;
 use super::keyservice::CacheObserver;
 use super::node::{Node, NodeTable};
-use super::nursery::Nursery;
 use super::orphan::Orphans;
 use super::slots::Slots;
 use super::space::{Room, Space};
 use super::store::Store;
 use super::sync::{Mutex, rank};
-use super::types::{FileKind, Ino, Timestamp};
+use super::types::{Domain, FileKind, Ino, Timestamp};
 use super::volume::Options;
+use kms_crypto::Nonce;
 use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Deref;
@@ -41,12 +41,10 @@ pub(crate) struct Core {
     pub(crate) store: Arc<Store>,
     pub(crate) space: Arc<Space>,
     pub(crate) committer: Committer,
-    pub(crate) keyring: Keyring,
+    pub(crate) domains: Domains,
     pub(crate) slots: Slots,
     pub(crate) nodes: NodeTable,
     pub(crate) chunks: ChunkCache,
-    pub(crate) nursery: Nursery,
-    pub(crate) misses: Misses,
     pub(crate) active: Active,
     pub(crate) orphans: Orphans,
     /// Files of which a failed sync lost content: they outlive their nodes (rule R6).
@@ -55,8 +53,6 @@ pub(crate) struct Core {
     pub(crate) rename: Mutex<(), rank::Rename>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) observer: Mutex<Option<Arc<dyn CacheObserver>>, rank::Observer>,
-    /// Whether somebody here wants the volume dark, whatever the KMS says. Held over every change of the key's state.
-    pub(crate) is_shut_by_hand: Mutex<bool, rank::Darkening>,
     /// Whether slot files may hold what an unclean stop left.
     pub(crate) is_unswept: AtomicBool,
     /// What the seal file says.
@@ -67,8 +63,6 @@ pub(crate) struct Core {
     pub(crate) is_compaction_due: AtomicBool,
     /// Wakes the thread that compacts.
     pub(crate) compact_bell: Bell,
-    /// Wakes the thread that watches the CMK's state.
-    pub(crate) key_bell: Bell,
     /// Work for the thread that fetches keys ahead of their use.
     pub(crate) fetches: SyncSender<Fetch>,
     /// Holds the volume's exclusive flock(2).
@@ -79,17 +73,22 @@ pub(crate) struct Core {
 #[derive(Debug)]
 pub(crate) enum Fetch {
     /// Fresh DEKs for inodes not yet born.
-    Nursery,
+    Nursery(Domain),
     /// The DEKs of files that a directory listing showed.
     Files(Vec<Ino>),
     /// The volume is being closed.
     Stop,
 }
 
-/// A volume whose keys are there, for the length of one operation.
+/// A volume with keys of one domain, and of the first in any case, for the length of one operation.
 pub(crate) struct Access<'c> {
     core: &'c Core,
-    admission: Admission<'c>,
+    /// Where the operation is at home.
+    home: &'c KeyDomain,
+    purpose: Purpose,
+    first: Admission<'c>,
+    /// To other domains, in ascending order.
+    others: Vec<Admission<'c>>,
 }
 
 impl Deref for Access<'_> {
@@ -102,30 +101,55 @@ impl Deref for Access<'_> {
 
 impl Core {
     /// Access for an operation that shows something to a program.
-    pub(crate) fn serve(&self) -> Result<Access<'_>> {
-        self.access(Purpose::Serve)
+    pub(crate) fn serve(&self, domain: Domain) -> Result<Access<'_>> {
+        self.access(domain, Purpose::Serve)
     }
 
     /// Access for an operation that a program makes to change something.
-    pub(crate) fn change(&self) -> Result<Access<'_>> {
+    pub(crate) fn change(&self, domain: Domain) -> Result<Access<'_>> {
         self.refuse_read_only()?;
-        self.access(Purpose::Serve)
+        self.access(domain, Purpose::Serve)
     }
 
     /// Access for an operation that takes in what was accepted before the key was revoked.
-    pub(crate) fn drain(&self) -> Result<Access<'_>> {
+    pub(crate) fn drain(&self, domain: Domain) -> Result<Access<'_>> {
         self.refuse_read_only()?;
-        self.access(Purpose::Drain)
+        self.access(domain, Purpose::Drain)
     }
 
-    fn access(&self, purpose: Purpose) -> Result<Access<'_>> {
-        Ok(self.with_keys(self.keyring.admit(purpose)?))
+    /// Access for what looks at the whole volume: to every domain whose keys may be used.
+    pub(crate) fn serve_all(&self) -> Result<Access<'_>> {
+        let home = self.domains.first();
+        let first = home.keyring.admit(Purpose::Serve)?;
+        let others = self.domains.others();
+        let others = others.filter_map(|domain| domain.keyring.admit(Purpose::Serve).ok());
+        Ok(self.with_keys(home, Purpose::Serve, first, others.collect()))
     }
 
-    pub(crate) fn with_keys<'c>(&'c self, admission: Admission<'c>) -> Access<'c> {
+    fn access(&self, domain: Domain, purpose: Purpose) -> Result<Access<'_>> {
+        let home = self.domains.get(domain)?;
+        let first = self.domains.first().keyring.admit(purpose)?;
+        let others = match domain {
+            Domain::FIRST => Vec::new(),
+            _ => vec![home.keyring.admit(purpose)?],
+        };
+        Ok(self.with_keys(home, purpose, first, others))
+    }
+
+    /// Access by admissions that were had before: to the first domain and to others in ascending order, `home` among them.
+    pub(crate) fn with_keys<'c>(
+        &'c self,
+        home: &'c KeyDomain,
+        purpose: Purpose,
+        first: Admission<'c>,
+        others: Vec<Admission<'c>>,
+    ) -> Access<'c> {
         Access {
             core: self,
-            admission,
+            home,
+            purpose,
+            first,
+            others,
         }
     }
 
@@ -165,14 +189,71 @@ impl Core {
     }
 }
 
-impl Access<'_> {
-    pub(crate) fn keys(&self) -> &DomainKeys {
-        self.admission.keys()
+impl<'c> Access<'c> {
+    /// The domain that the operation is at home in.
+    pub(crate) fn home(&self) -> &'c KeyDomain {
+        self.home
     }
 
-    /// Whether this is of what was accepted before the key was revoked.
+    /// The same, and access to another domain: what leads from one to another begins in the first, so that gates are taken in
+    /// their order. To be called where no lock is held.
+    ///
+    /// # Errors
+    /// Why the keys of that domain may not be used.
+    pub(crate) fn reach(&self, domain: Domain) -> Result<Access<'_>> {
+        let mut others: Vec<_> = self.others.iter().map(Admission::share).collect();
+        if self.keys_of(domain).is_err() {
+            others.push(self.core.domains.get(domain)?.keyring.admit(self.purpose)?);
+        }
+        let first = self.first.share();
+        Ok(self.core.with_keys(self.home, self.purpose, first, others))
+    }
+
+    /// The same, and access to a domain that nobody else knows of yet.
+    pub(crate) fn reach_new(&self, keys: Arc<DomainKeys>) -> Access<'_> {
+        let (first, others) = (self.first.share(), vec![Admission::to_new(keys)]);
+        self.core.with_keys(self.home, self.purpose, first, others)
+    }
+
+    fn admissions(&self) -> impl Iterator<Item = &Admission<'c>> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+
+    /// The domains that this gives access to, in ascending order.
+    pub(crate) fn reached(&self) -> Vec<Domain> {
+        let keys = self.admissions().map(Admission::keys);
+        keys.map(DomainKeys::domain).collect()
+    }
+
+    /// The keys of a domain.
+    ///
+    /// # Errors
+    /// EXDEV if this gives no access to it.
+    pub(crate) fn keys_of(&self, domain: Domain) -> Result<&DomainKeys> {
+        let mut keys = self.admissions().map(Admission::keys);
+        keys.find(|keys| keys.domain() == domain)
+            .ok_or(Error::Posix(libc::EXDEV))
+    }
+
+    /// A nonce for what is sealed at home.
+    pub(crate) fn nonce(&self) -> Result<Nonce> {
+        self.keys_of(self.home.id)?.nonce()
+    }
+
+    /// Whether this is of what was accepted before a key was revoked.
     pub(crate) fn is_draining(&self) -> bool {
-        self.admission.is_draining()
+        self.admissions().any(Admission::is_draining)
+    }
+
+    /// To be asked now and then by an operation that may take long.
+    ///
+    /// # Errors
+    /// That the keys are going, and the operation is to end.
+    pub(crate) fn go_on(&self) -> Result<()> {
+        self.admissions().try_for_each(|admission| {
+            let domain = self.core.domains.get(admission.keys().domain())?;
+            domain.keyring.go_on()
+        })
     }
 
     /// The opened row of the family `meta` under `key`, which belongs to `ino`.
@@ -182,13 +263,17 @@ impl Access<'_> {
     }
 
     pub(crate) fn open_row(&self, ino: Ino, key: &[u8], sealed: &[u8]) -> Result<Vec<u8>> {
-        self.keys()
+        self.keys_of_row(key)?
             .open_row(Family::Meta, key, sealed)
             .ok_or_else(|| Error::corrupt_inode(ino))
     }
 
+    fn keys_of_row(&self, key: &[u8]) -> Result<&DomainKeys> {
+        self.keys_of(rowkey::domain_of(key).unwrap_or(Domain::FIRST))
+    }
+
     pub(crate) fn put_row(&self, batch: &mut Batch, key: Vec<u8>, plain: &[u8]) -> Result<()> {
-        let sealed = self.keys().seal_row(Family::Meta, &key, plain)?;
+        let sealed = self.keys_of_row(&key)?.seal_row(Family::Meta, &key, plain)?;
         batch.put(Family::Meta, key, sealed);
         Ok(())
     }
@@ -198,7 +283,7 @@ impl Access<'_> {
     }
 
     pub(crate) fn commit(&self, batch: Batch) -> Result<Seq> {
-        self.committer.commit(self.keys(), batch)
+        self.committer.commit(self.first.keys(), batch)
     }
 
     /// The stored record of an inode that may not be there.
@@ -210,8 +295,10 @@ impl Access<'_> {
     /// The node of an inode.
     ///
     /// # Errors
-    /// ESTALE if there is no such inode.
+    /// ESTALE if there is no such inode; EXDEV if this gives no access to its domain.
     pub(crate) fn node(&self, ino: Ino) -> Result<Arc<Node>> {
+        // One in memory may be another domain's.
+        self.keys_of(ino.domain())?;
         loop {
             let seen = match self.nodes.find(ino) {
                 Ok(node) => return Ok(node),

@@ -32,16 +32,17 @@ impl Misses {
 impl Access<'_> {
     /// The content key of a regular file. May ask the KMS, so no lock is to be held.
     pub(crate) fn file_key(&self, node: &Node) -> Result<Arc<FileKey>> {
-        if let Some(key) = self.keyring.cached_file_key(node.ino) {
+        let domain = self.domains.of(node.ino)?;
+        if let Some(key) = domain.keyring.cached_file_key(node.ino) {
             return Ok(key);
         }
         let wrapped = Arc::clone(&node.state.read().record.wrapped_dek);
-        let others = if self.misses.note(node.ino) {
+        let others = if domain.misses.note(node.ino) {
             self.neighbours(node.ino)?
         } else {
             Vec::new()
         };
-        self.keyring.fetch_file_key(node.ino, &wrapped, others)
+        domain.keyring.fetch_file_key(node.ino, &wrapped, others)
     }
 
     /// The wrapped DEKs of the files around `ino` whose keys are not in memory.
@@ -56,7 +57,11 @@ impl Access<'_> {
 
     /// Fetches the DEKs of files that a listing showed.
     pub(crate) fn prefetch_keys(&self, files: &[Ino]) -> Result<()> {
-        self.keyring.prefetch_files(&self.missing_deks(files)?);
+        for files in files.chunk_by(|one, next| one.domain() == next.domain()) {
+            let Some(first) = files.first() else { continue };
+            let keyring = &self.domains.of(*first)?.keyring;
+            keyring.prefetch_files(&self.missing_deks(files)?);
+        }
         Ok(())
     }
 
@@ -65,7 +70,11 @@ impl Access<'_> {
         let missing: Vec<_> = inodes
             .iter()
             .copied()
-            .filter(|ino| !self.keyring.has_file_key(*ino))
+            .filter(|ino| {
+                self.domains
+                    .of(*ino)
+                    .is_ok_and(|domain| !domain.keyring.has_file_key(*ino))
+            })
             .collect();
         let keys: Vec<_> = missing.iter().map(|ino| rowkey::inode(*ino)).collect();
         let rows = self.store.multi_get(Family::Meta, &keys)?;

@@ -30,16 +30,15 @@ impl Access<'_> {
         self.list(dir, from, false, &mut |entry, _| take(entry))
     }
 
-    /// The same with attributes. Each entry taken, but `.` and `..`, counts one reference of the kernel's.
+    /// The same with attributes, but of what lies in another domain, whose keys may not be had. Each entry taken, but `.` and
+    /// `..`, counts one reference of the kernel's.
     pub(crate) fn readdirplus(
         &self,
         dir: Ino,
         from: Cookie,
-        take: &mut dyn FnMut(&DirEntry<'_>, &Attr) -> Taken,
+        take: &mut dyn FnMut(&DirEntry<'_>, Option<&Attr>) -> Taken,
     ) -> Result<()> {
-        self.list(dir, from, true, &mut |entry, attr| {
-            attr.map_or(Taken::Full, |attr| take(entry, attr))
-        })
+        self.list(dir, from, true, take)
     }
 
     fn list(
@@ -130,7 +129,7 @@ impl Access<'_> {
                 name: &entry.name,
                 cookie: Cookie(*place),
             };
-            if take(&shown, attrs.get(index)) == Taken::Full {
+            if take(&shown, attrs.get(index).and_then(Option::as_ref)) == Taken::Full {
                 return Ok(index);
             }
         }
@@ -138,25 +137,34 @@ impl Access<'_> {
     }
 
     /// Attributes of a whole batch: from the nodes in memory, the others in one read that makes no nodes.
-    fn attrs(&self, batch: &[Listed]) -> Result<Vec<Attr>> {
+    fn attrs(&self, batch: &[Listed]) -> Result<Vec<Option<Attr>>> {
+        let is_own = |ino: Ino| self.keys_of(ino.domain()).is_ok();
         let known: Vec<_> = batch
             .iter()
-            .map(|listed| self.nodes.get(listed.entry.ino))
+            .map(|listed| self.nodes.get(listed.entry.ino).filter(|node| is_own(node.ino)))
             .collect();
         let unknown = batch.iter().zip(&known).filter(|(_, node)| node.is_none());
         let keys: Vec<_> = unknown
-            .map(|(listed, _)| rowkey::inode(listed.entry.ino))
+            .map(|(listed, _)| listed.entry.ino)
+            .filter(|ino| is_own(*ino))
+            .map(rowkey::inode)
             .collect();
         let mut rows = keys.iter().zip(self.store.multi_get(Family::Meta, &keys)?);
         let attrs = batch.iter().zip(known).map(|(listed, node)| {
             let ino = listed.entry.ino;
             if let Some(node) = node {
-                return Ok(node.state.read().record.attr(ino));
+                return Ok(Some(node.state.read().record.attr(ino)));
+            }
+            if !is_own(ino) {
+                let there = self.reach(ino.domain());
+                return Ok(there.and_then(|there| there.attr(ino)).ok());
             }
             let Some((key, Some(sealed))) = rows.next() else {
                 return Err(Error::corrupt_inode(ino));
             };
-            Ok(decode_record(ino, &self.open_row(ino, key, &sealed)?)?.attr(ino))
+            Ok(Some(
+                decode_record(ino, &self.open_row(ino, key, &sealed)?)?.attr(ino),
+            ))
         });
         attrs.collect()
     }

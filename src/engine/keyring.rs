@@ -1,4 +1,4 @@
-//! The state of the CMK as the mount knows it, and every key that hangs from it: one state machine, one gate
+//! The state of a domain's CMK as the mount knows it, and every key that hangs from it: one state machine, one gate
 //! through which each operation passes, one place where all keys are dropped.
 //!
 //! States: Live -> Draining -> dark (Revoked, Erased, Denied or Unreachable) -> Live. Operations hold the gate for
@@ -20,7 +20,7 @@ use std::time::Duration;
 pub(crate) const KEYS_PER_CALL_MAX: usize = 256;
 const CACHE_SHARDS: usize = 16;
 
-/// Whether the volume's keys may be used.
+/// Whether a domain's keys may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyState {
     /// Keys are in memory and may be used.
@@ -51,17 +51,52 @@ struct Gate {
     keys: Option<Arc<DomainKeys>>,
 }
 
+/// A gate that is held, in whatever state it is.
+pub(crate) struct Hold<'k>(RwLockReadGuard<'k, Gate>);
+
+/// See [`Keyring::break_off`].
+pub(crate) struct BrokenOff<'k>(&'k Keyring);
+
+impl Drop for BrokenOff<'_> {
+    fn drop(&mut self) {
+        let mut closers = self.0.closers.lock();
+        *closers -= 1;
+        if *closers == 0 {
+            self.0.service.refuse(false);
+            self.0.closing.store(false, Ordering::Release);
+        }
+    }
+}
+
 /// The key of an operation that passed the gate; the state cannot change while one is held.
 pub(crate) struct Admission<'k> {
     keys: Arc<DomainKeys>,
     draining: bool,
-    /// None for the one operation that runs while the gate is shut.
+    /// None for the one operation that runs while the gate is shut, and where somebody else holds it as long.
     _gate: Option<RwLockReadGuard<'k, Gate>>,
 }
 
 impl Admission<'_> {
     pub(crate) fn keys(&self) -> &DomainKeys {
         &self.keys
+    }
+
+    /// The same, for as long as this one is held.
+    pub(crate) fn share(&self) -> Admission<'_> {
+        Admission {
+            keys: Arc::clone(&self.keys),
+            draining: self.draining,
+            _gate: None,
+        }
+    }
+
+    /// Admission to a domain that nobody else knows of yet.
+    pub(crate) fn to_new(keys: Arc<DomainKeys>) -> Self {
+        Self {
+            keys,
+            draining: false,
+            _gate: None,
+        }
     }
 
     /// Whether the keys are about to go.
@@ -73,15 +108,35 @@ impl Admission<'_> {
 /// A DEK as it is stored, and the key derived from it.
 pub(crate) type FreshKey = (Arc<[u8]>, Arc<FileKey>);
 
-/// The keys of the volume.
+/// Whose volume key it is, and how it is stored.
+#[derive(Debug, Clone)]
+pub(crate) struct VolumeKey {
+    pub(crate) volume: [u8; 16],
+    pub(crate) domain: Domain,
+    pub(crate) superblock_hash: [u8; 32],
+    pub(crate) wrapped: Vec<u8>,
+}
+
+impl VolumeKey {
+    /// What it is bound to.
+    pub(crate) fn context(&self) -> KeyContext {
+        KeyContext::VolumeKey {
+            volume: self.volume,
+            domain: self.domain,
+            superblock_hash: self.superblock_hash,
+        }
+    }
+}
+
+/// The keys of a domain.
 pub(crate) struct Keyring {
     service: Arc<dyn KeyService>,
-    volume: [u8; 16],
-    superblock_hash: [u8; 32],
-    wrapped_vk: Vec<u8>,
+    volume_key: VolumeKey,
     gate: RwLock<Gate, rank::Gate>,
     /// Somebody waits for the operations under way to end.
     closing: AtomicBool,
+    /// How many do.
+    closers: Mutex<usize, rank::Closing>,
     /// The time for what was accepted before is over.
     is_drain_over: AtomicBool,
     files: Vec<Mutex<LruCache<Ino, Arc<FileKey>>, rank::FileKeys>>,
@@ -89,46 +144,77 @@ pub(crate) struct Keyring {
 }
 
 impl Keyring {
-    /// Opens the volume key. Files' keys are cached up to `files_max`.
-    pub(crate) fn open(
-        service: Arc<dyn KeyService>,
-        volume: [u8; 16],
-        superblock_hash: [u8; 32],
-        wrapped_vk: Vec<u8>,
-        files_max: usize,
-    ) -> std::result::Result<Self, KeyError> {
+    /// A keyring without a key, until it is lit. Files' keys are cached up to `files_max`.
+    pub(crate) fn dark(service: Arc<dyn KeyService>, volume_key: VolumeKey, files_max: usize) -> Self {
         let per_shard = NonZeroUsize::new(files_max / CACHE_SHARDS).unwrap_or(NonZeroUsize::MIN);
-        let ring = Self {
+        let gate = Gate {
+            state: KeyState::Revoked,
+            keys: None,
+        };
+        Self {
             service,
-            volume,
-            superblock_hash,
-            wrapped_vk,
-            gate: RwLock::new(Gate {
-                state: KeyState::Revoked,
-                keys: None,
-            }),
+            gate: RwLock::numbered(volume_key.domain.0.into(), gate),
+            volume_key,
             closing: AtomicBool::new(false),
+            closers: Mutex::default(),
             is_drain_over: AtomicBool::new(false),
             files: (0..CACHE_SHARDS)
                 .map(|_| Mutex::new(LruCache::new(per_shard)))
                 .collect(),
             calls: AtomicU64::new(0),
-        };
+        }
+    }
+
+    /// Opens the volume key. Files' keys are cached up to `files_max`.
+    pub(crate) fn open(
+        service: Arc<dyn KeyService>,
+        volume_key: VolumeKey,
+        files_max: usize,
+    ) -> std::result::Result<Self, KeyError> {
+        let ring = Self::dark(service, volume_key, files_max);
         ring.relight()?;
         Ok(ring)
+    }
+
+    pub(crate) fn service(&self) -> &Arc<dyn KeyService> {
+        &self.service
+    }
+
+    pub(crate) fn volume_key(&self) -> &VolumeKey {
+        &self.volume_key
+    }
+
+    /// Keeps the state as it is, whatever that is.
+    pub(crate) fn hold(&self) -> Hold<'_> {
+        Hold(self.gate.read())
     }
 
     /// Passes the gate, or says why not.
     pub(crate) fn admit(&self, purpose: Purpose) -> Result<Admission<'_>> {
         let gate = self.gate.read();
+        let (keys, draining) = self.keys_for(&gate, purpose)?;
+        Ok(Admission {
+            keys,
+            draining,
+            _gate: Some(gate),
+        })
+    }
+
+    /// The same by the gate that is held.
+    pub(crate) fn admit_held<'k>(&self, hold: &'k Hold<'_>, purpose: Purpose) -> Result<Admission<'k>> {
+        let (keys, draining) = self.keys_for(&hold.0, purpose)?;
+        Ok(Admission {
+            keys,
+            draining,
+            _gate: None,
+        })
+    }
+
+    fn keys_for(&self, gate: &Gate, purpose: Purpose) -> Result<(Arc<DomainKeys>, bool)> {
         match (gate.state, purpose, &gate.keys) {
             (KeyState::Draining, ..) if self.is_drain_over() => Err(Error::KeyRevoked),
             (KeyState::Live, _, Some(keys)) | (KeyState::Draining, Purpose::Drain, Some(keys)) => {
-                Ok(Admission {
-                    keys: Arc::clone(keys),
-                    draining: gate.state == KeyState::Draining,
-                    _gate: Some(gate),
-                })
+                Ok((Arc::clone(keys), gate.state == KeyState::Draining))
             }
             (state, ..) => Err(refusal(state)),
         }
@@ -167,12 +253,18 @@ impl Keyring {
 
     /// The gate, once every operation begun before has ended. Long ones are asked to break off, and none waits for the KMS.
     fn close(&self) -> RwLockWriteGuard<'_, Gate> {
+        let _broken_off = self.break_off();
+        self.gate.write()
+    }
+
+    /// Has operations broken off that take long or wait for the KMS, until the guard is dropped: a gate that they hold, this one
+    /// or the first, is to be shut.
+    pub(crate) fn break_off(&self) -> BrokenOff<'_> {
+        let mut closers = self.closers.lock();
+        *closers += 1;
         self.closing.store(true, Ordering::Release);
         self.service.refuse(true);
-        let gate = self.gate.write();
-        self.service.refuse(false);
-        self.closing.store(false, Ordering::Release);
-        gate
+        BrokenOff(self)
     }
 
     /// To be asked now and then by an operation that may take long.
@@ -210,23 +302,25 @@ impl Keyring {
 
     /// Dark -> Live: asks for the volume key again.
     pub(crate) fn relight(&self) -> std::result::Result<(), KeyError> {
-        let context = KeyContext::VolumeKey {
-            volume: self.volume,
-            domain: Domain::FIRST,
-            superblock_hash: self.superblock_hash,
-        };
+        let VolumeKey { volume, domain, .. } = self.volume_key;
         before_call_to_kms();
         self.calls.fetch_add(1, Ordering::Relaxed);
-        let mut opened = self.service.open(&[(context, self.wrapped_vk.clone())])?;
+        let wrapped = self.volume_key.wrapped.clone();
+        let mut opened = self.service.open(&[(self.volume_key.context(), wrapped)])?;
         let vk = opened
             .pop()
             .unwrap_or(Err(KeyError::Other("no answer for the volume key".to_owned())))?;
-        let keys = DomainKeys::new(&vk, self.volume, Domain::FIRST)
-            .map_err(|error| KeyError::Other(error.to_string()))?;
-        let mut gate = self.gate.write();
-        gate.keys = Some(Arc::new(keys));
-        gate.state = KeyState::Live;
+        let keys =
+            DomainKeys::new(&vk, volume, domain).map_err(|error| KeyError::Other(error.to_string()))?;
+        self.light(Arc::new(keys));
         Ok(())
+    }
+
+    /// Dark -> Live with keys that are there.
+    pub(crate) fn light(&self, keys: Arc<DomainKeys>) {
+        let mut gate = self.gate.write();
+        gate.keys = Some(keys);
+        gate.state = KeyState::Live;
     }
 
     /// The key of a file, if it is in memory.
@@ -305,7 +399,7 @@ impl Keyring {
         let contexts: Vec<_> = inodes
             .iter()
             .map(|&ino| KeyContext::Dek {
-                volume: self.volume,
+                volume: self.volume_key.volume,
                 ino,
             })
             .collect();
@@ -350,7 +444,7 @@ impl Keyring {
             .map(|(ino, wrapped)| {
                 (
                     KeyContext::Dek {
-                        volume: self.volume,
+                        volume: self.volume_key.volume,
                         ino: *ino,
                     },
                     wrapped.clone(),
@@ -372,7 +466,7 @@ impl Keyring {
     }
 
     fn file_key_of(&self, ino: Ino, dek: &SecretKey) -> Arc<FileKey> {
-        Arc::new(FileKey::new(dek, self.volume, ino))
+        Arc::new(FileKey::new(dek, self.volume_key.volume, ino))
     }
 
     fn shard(&self, ino: Ino) -> Option<&Mutex<LruCache<Ino, Arc<FileKey>>, rank::FileKeys>> {
@@ -384,13 +478,13 @@ impl Keyring {
 pub(crate) fn state_after(error: &KeyError) -> Option<KeyState> {
     match error {
         KeyError::Revoked => Some(KeyState::Revoked),
-        KeyError::Erased => Some(KeyState::Erased),
+        KeyError::Erased | KeyError::Destroyed => Some(KeyState::Erased),
         KeyError::Denied | KeyError::RolledBack => Some(KeyState::Denied),
         KeyError::Unreachable(_) | KeyError::BadBlob | KeyError::Other(_) => None,
     }
 }
 
-fn refusal(state: KeyState) -> Error {
+pub(crate) fn refusal(state: KeyState) -> Error {
     match state {
         KeyState::Live | KeyState::Draining | KeyState::Revoked => Error::KeyRevoked,
         KeyState::Erased => Error::KeyErased,
@@ -402,7 +496,7 @@ fn refusal(state: KeyState) -> Error {
 pub(crate) fn key_failure(ino: Ino, error: &KeyError) -> Error {
     match error {
         KeyError::Revoked => Error::KeyRevoked,
-        KeyError::Erased => Error::KeyErased,
+        KeyError::Erased | KeyError::Destroyed => Error::KeyErased,
         KeyError::Denied | KeyError::RolledBack => Error::KeyDenied,
         KeyError::Unreachable(_) => Error::KeyUnavailable,
         KeyError::BadBlob => Error::Corrupt {

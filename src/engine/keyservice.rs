@@ -2,6 +2,7 @@
 
 use super::types::{Domain, Ino};
 use kms_crypto::SecretKey;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What a wrapped key is bound to: the encryption context, part of the authenticated data of the wrap.
@@ -39,9 +40,12 @@ pub enum KeyError {
     /// Disabled or pending deletion: reversible.
     #[error("the key is disabled or pending deletion")]
     Revoked,
-    /// Destroyed, or its material deleted.
-    #[error("the key is destroyed")]
+    /// Unknown to the KMS, or its material deleted: it may come back.
+    #[error("the key is destroyed, or unknown to the KMS")]
     Erased,
+    /// Destroyed: the KMS has its record, and nothing brings it back.
+    #[error("the key is destroyed")]
+    Destroyed,
     /// Policy or identity refuses this caller.
     #[error("the KMS refuses this caller")]
     Denied,
@@ -94,9 +98,41 @@ pub trait KeyService: Send + Sync {
     /// [`KeyError::RolledBack`] if it does already.
     fn expect(&self, seen: Position) -> Result<(), KeyError>;
 
+    /// The service for another domain of the volume, under another CMK of the same KMS.
+    ///
+    /// # Errors
+    /// If the KMS does not take it.
+    fn for_domain(&self, domain: Domain, cmk_arn: &str) -> Result<Arc<dyn KeyService>, KeyError>;
+
+    /// Tells the KMS what depends on the key.
+    ///
+    /// # Errors
+    /// Why it was not heard; it is told again.
+    fn report(&self, usage: Dependants) -> Result<(), KeyError>;
+
     /// While `refusing`, every call fails at once, those that wait for an answer included: they may be held by operations
     /// that a revocation waits for.
     fn refuse(&self, refusing: bool);
+}
+
+/// What becomes noise with a CMK.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dependants {
+    /// Inodes.
+    pub inodes: u64,
+    /// Content, in bytes; holes count for nothing.
+    pub bytes: u64,
+    /// The domain was removed: nothing depends on the key any more.
+    pub is_removed: bool,
+}
+
+impl Dependants {
+    /// Of a domain that was removed.
+    pub(crate) const NONE: Self = Self {
+        inodes: 0,
+        bytes: 0,
+        is_removed: true,
+    };
 }
 
 /// The answer to a renewal.
@@ -143,6 +179,9 @@ pub trait CacheObserver: Send + Sync {
     /// no request and holds no lock; WRITEs that it provokes are still accepted.
     fn purge(&self, inodes: &[Ino]);
 
+    /// Have `name` in `parent` looked up again: it leads elsewhere. Called as [`Self::purge`] is.
+    fn forget_name(&self, _parent: Ino, _name: &[u8]) {}
+
     /// Wipe what past requests left in memory: the volume is dark, and no request shows anything any more. Called as
     /// [`Self::purge`] is.
     fn wipe(&self) {}
@@ -151,10 +190,10 @@ pub trait CacheObserver: Send + Sync {
 /// A list of the inodes of which the kernel may cache something, which the KMS can read when this process cannot be asked.
 pub trait InodeLedger: Send + Sync {
     /// Adds an inode, before the kernel learns of it; the answer is for [`Self::remove`].
-    fn add(&self, ino: Ino) -> u32;
+    fn add(&self, ino: Ino) -> u64;
 
     /// Takes an inode away that the kernel has forgotten.
-    fn remove(&self, place: u32);
+    fn remove(&self, ino: Ino, place: u64);
 }
 
 #[cfg(test)]

@@ -127,7 +127,7 @@ impl Access<'_> {
             let group = chunk..(chunk + ALLOCATE_CHUNKS_MAX).min(last + 1);
             chunk = group.end;
             let is_last = chunk > last;
-            self.keyring.go_on()?;
+            self.go_on()?;
             if self.take_room((group.end - group.start) as usize * CHUNK)? != Room::Plenty {
                 return Err(Error::Posix(libc::ENOSPC));
             }

@@ -16,6 +16,8 @@ mod content;
 mod core;
 mod dek;
 mod directory;
+mod domain;
+mod domains;
 mod drain;
 mod error;
 mod format;
@@ -48,14 +50,16 @@ mod table;
 mod types;
 mod upkeep;
 mod volume;
+mod watch;
 
-pub use check::{CheckOptions, Counts, Event, Fault, Problem, Report};
+pub use check::{CheckOptions, CheckedDomain, Counts, Event, Fault, Problem, Report};
 pub use clock::{Clock, SystemClock};
+pub use domain::DomainStatus;
 pub use error::{Error, Result};
 pub use format::superblock::Superblock;
 pub use keyring::KeyState;
 pub use keyservice::{
-    CacheObserver, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal,
+    CacheObserver, Dependants, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal,
 };
 pub use types::{
     Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, Owner, RenameFlags, Seek,

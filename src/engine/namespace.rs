@@ -4,12 +4,13 @@ use super::commit::Batch;
 use super::core::Access;
 use super::error::{Error, Result};
 use super::format::dirent::Dirent;
+use super::format::domain::{DomainRecord, DomainState};
 use super::format::inode::{ContentState, InodeRecord};
 use super::format::rowkey::Table;
 use super::node::Node;
 use super::staged::Staged;
 use super::table::{Search, check_name, check_new_name, same_chain};
-use super::types::{Attr, FileKind, Ino, NewNode, Owner, RenameFlags, SGID, Timestamp};
+use super::types::{Attr, Domain, FileKind, Ino, NewNode, Owner, RenameFlags, SGID, Timestamp};
 use std::sync::Arc;
 
 /// Most hard links of a file, and most subdirectories of a directory plus two.
@@ -48,7 +49,12 @@ impl Access<'_> {
             self.nodes.looked_up(ino);
             ino
         };
-        self.attr(ino).map_err(|error| {
+        let found = match self.keys_of(ino.domain()) {
+            Ok(_) => self.attr(ino),
+            // The root of another domain.
+            Err(_) => self.reach(ino.domain()).and_then(|there| there.attr(ino)),
+        };
+        found.map_err(|error| {
             self.forget(ino, 1);
             missing_is_corrupt(ino, error)
         })
@@ -60,7 +66,7 @@ impl Access<'_> {
         Ok(state.record.attr(ino))
     }
 
-    fn entry(&self, dir: Ino, name: &[u8]) -> Result<(u64, Dirent)> {
+    pub(crate) fn entry(&self, dir: Ino, name: &[u8]) -> Result<(u64, Dirent)> {
         self.search(Table::Dirents, dir, name)?
             .found()
             .ok_or(Error::Posix(libc::ENOENT))
@@ -82,6 +88,32 @@ impl Access<'_> {
             child,
             kind,
         })
+    }
+
+    /// The domain that a name leads to, if that is not the directory's own.
+    fn leads_to(&self, parent: Ino, name: &[u8]) -> Result<Option<Domain>> {
+        if parent.domain() != Domain::FIRST || self.domains.is_single() {
+            return Ok(None);
+        }
+        let dir = self.directory(parent)?;
+        let _held = dir.state.read();
+        let found = self.search::<Dirent>(Table::Dirents, parent, name)?.found();
+        let domain = found.map(|(_, entry)| entry.ino.domain());
+        Ok(domain.filter(|domain| *domain != Domain::FIRST))
+    }
+
+    /// Has `work` done with access to what a name leads to; again if it comes to lead elsewhere meanwhile.
+    fn reaching<T>(&self, parent: Ino, name: &[u8], work: impl Fn(&Access<'_>) -> Result<T>) -> Result<T> {
+        loop {
+            let done = match self.leads_to(parent, name)? {
+                Some(domain) => work(&self.reach(domain)?),
+                None => work(self),
+            };
+            match done {
+                Err(Error::Posix(libc::EXDEV)) => {}
+                done => return done,
+            }
+        }
     }
 
     /// The place of a name that was found before, or `None` if it no longer stands for the same inode.
@@ -134,7 +166,7 @@ impl Access<'_> {
         self.put_entry(&mut batch, Table::Dirents, parent, place, entry)?;
         self.put_first_entries(&mut batch, Table::Xattrs, ino, inherited.xattrs)?;
         self.put_inode(&mut batch, ino, &record)?;
-        batch.count_inodes(1);
+        batch.count_inodes(ino.domain(), 1);
         let dir = staged.record(parent)?;
         dir.children = dir.children.saturating_add(1);
         if node.kind == FileKind::Directory {
@@ -144,7 +176,7 @@ impl Access<'_> {
         staged.commit(self, batch)?;
         let attr = record.attr(ino);
         if let Some((_, key)) = key {
-            self.keyring.remember(ino, key);
+            self.home().keyring.remember(ino, key);
         }
         self.nodes.insert_new(Node::new(ino, record, false));
         self.nodes.looked_up(ino);
@@ -174,6 +206,9 @@ impl Access<'_> {
     /// Gives an inode one more name, and counts one reference of the kernel's to it.
     pub(crate) fn link(&self, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attr> {
         check_new_name(name)?;
+        if ino.domain() != parent.domain() {
+            return Err(Error::Posix(libc::EXDEV));
+        }
         let dir = self.directory(parent)?;
         let node = self.node(ino)?;
         if node.state.read().record.kind == FileKind::Directory {
@@ -214,9 +249,14 @@ impl Access<'_> {
     /// Removes the name of anything but a directory.
     pub(crate) fn unlink(&self, parent: Ino, name: &[u8]) -> Result<()> {
         check_new_name(name)?;
-        self.remove(parent, name, |kind, _| match kind {
+        let removed = self.remove(parent, name, |kind, _| match kind {
             FileKind::Directory => Err(Error::Posix(libc::EISDIR)),
             _ => Ok(()),
+        });
+        removed.map_err(|error| match error {
+            // The root of another domain.
+            Error::Posix(libc::EXDEV) => Error::Posix(libc::EISDIR),
+            error => error,
         })
     }
 
@@ -228,10 +268,12 @@ impl Access<'_> {
             b".." => return Err(Error::Posix(libc::ENOTEMPTY)),
             _ => {}
         }
-        self.remove(parent, name, |kind, children| match (kind, children) {
-            (FileKind::Directory, 0) => Ok(()),
-            (FileKind::Directory, _) => Err(Error::Posix(libc::ENOTEMPTY)),
-            _ => Err(Error::Posix(libc::ENOTDIR)),
+        self.reaching(parent, name, |access| {
+            access.remove(parent, name, |kind, children| match (kind, children) {
+                (FileKind::Directory, 0) => Ok(()),
+                (FileKind::Directory, _) => Err(Error::Posix(libc::ENOTEMPTY)),
+                _ => Err(Error::Posix(libc::ENOTDIR)),
+            })
         })
     }
 
@@ -255,7 +297,19 @@ impl Access<'_> {
                 dir.nlink = dir.nlink.saturating_sub(1);
             }
             touch(dir, now);
+            // Its root goes, and the domain with it.
+            let ended = (child.domain() != parent.domain()).then(|| self.domains.record(child.domain()));
+            let ended = ended.flatten().map(|record| DomainRecord {
+                state: DomainState::Removed,
+                ..record
+            });
+            if let Some(record) = &ended {
+                self.put_domain(&mut batch, child.domain(), record)?;
+            }
             staged.commit(self, batch)?;
+            if let Some(record) = ended {
+                self.domains.note(child.domain(), record);
+            }
             let gone = staged.state(child)?.record.nlink == 0;
             drop(staged);
             if gone {
@@ -266,7 +320,13 @@ impl Access<'_> {
     }
 
     /// Takes a name's share in an inode away; with the last one it becomes an orphan.
-    fn drop_link(&self, batch: &mut Batch, staged: &mut Staged<'_>, ino: Ino, now: Timestamp) -> Result<()> {
+    pub(crate) fn drop_link(
+        &self,
+        batch: &mut Batch,
+        staged: &mut Staged<'_>,
+        ino: Ino,
+        now: Timestamp,
+    ) -> Result<()> {
         let record = staged.record(ino)?;
         record.nlink = if record.kind == FileKind::Directory {
             0
@@ -294,6 +354,28 @@ impl Access<'_> {
         if flags.exchange && (flags.no_replace || flags.whiteout.is_some()) {
             return Err(Error::Posix(libc::EINVAL));
         }
+        if parent.domain() != new_parent.domain() {
+            return Err(Error::Posix(libc::EXDEV));
+        }
+        let is_same = (parent, name) == (new_parent, new_name);
+        self.reaching(parent, name, |access| {
+            let is_root_moved = flags.exchange && self.leads_to(parent, name)?.is_some();
+            // It stays where it is, as a mount point does.
+            if !is_same && (is_root_moved || self.leads_to(new_parent, new_name)?.is_some()) {
+                return Err(Error::Posix(libc::EBUSY));
+            }
+            access.rename_here(parent, name, new_parent, new_name, flags)
+        })
+    }
+
+    fn rename_here(
+        &self,
+        parent: Ino,
+        name: &[u8],
+        new_parent: Ino,
+        new_name: &[u8],
+        flags: RenameFlags,
+    ) -> Result<()> {
         // Nothing else changes which directory is above which.
         let _rename = (parent != new_parent).then(|| self.rename.lock());
         loop {
@@ -345,7 +427,8 @@ impl Access<'_> {
             if above == moved.child.ino {
                 return Err(Error::Posix(libc::EINVAL));
             }
-            if above == Ino::ROOT {
+            // Nothing is moved out of its domain, nor above one.
+            if above == into.domain().root() {
                 return Ok(());
             }
             // A directory that was removed may outlive those above it.
@@ -431,7 +514,19 @@ impl Access<'_> {
         for dir in [old, new] {
             touch(staged.record(dir)?, now);
         }
+        let moved = (child.domain() != old.domain()).then(|| self.domains.record(child.domain()));
+        let moved = moved.flatten().map(|record| DomainRecord {
+            parent: new,
+            name: new_name.to_vec(),
+            ..record
+        });
+        if let Some(record) = &moved {
+            self.put_domain(&mut batch, child.domain(), record)?;
+        }
         staged.commit(self, batch)?;
+        if let Some(record) = moved {
+            self.domains.note(child.domain(), record);
+        }
 
         if let Some(target) = target {
             let gone = staged.state(target.child.ino)?.record.nlink == 0;
@@ -480,7 +575,7 @@ impl Access<'_> {
         self.put_entry(batch, Table::Dirents, dir, place, entry)?;
         self.put_first_entries(batch, Table::Xattrs, ino, inherited.xattrs)?;
         self.put_inode(batch, ino, &record)?;
-        batch.count_inodes(1);
+        batch.count_inodes(ino.domain(), 1);
         Ok(())
     }
 
@@ -571,7 +666,7 @@ fn add_link(record: &mut InodeRecord) -> Result<()> {
     Ok(())
 }
 
-fn touch(dir: &mut InodeRecord, now: Timestamp) {
+pub(crate) fn touch(dir: &mut InodeRecord, now: Timestamp) {
     dir.mtime = now;
     dir.ctime = now;
 }

@@ -205,7 +205,7 @@ struct Known {
     /// References that the kernel holds.
     count: u64,
     /// In the ledger.
-    place: Option<u32>,
+    place: Option<u64>,
 }
 
 struct Shard {
@@ -308,11 +308,19 @@ impl NodeTable {
         }
     }
 
-    /// Drops every node: their records are plaintext, and the keys are going.
-    pub(crate) fn clear(&self) {
+    /// Drops every node whose keys are going: their records are plaintext.
+    pub(crate) fn clear(&self, going: impl Fn(Ino) -> bool) {
         for shard in &self.shards {
             let mut shard = shard.lock();
-            shard.nodes.clear();
+            let gone: Vec<_> = shard
+                .nodes
+                .iter()
+                .map(|(ino, _)| *ino)
+                .filter(|ino| going(*ino))
+                .collect();
+            for ino in gone {
+                shard.nodes.pop(&ino);
+            }
             shard.dropped();
         }
     }
@@ -351,14 +359,14 @@ impl NodeTable {
             return false;
         }
         if let Some(known) = shard.remove(&ino) {
-            self.unlist(&known);
+            self.unlist(ino, &known);
         }
         true
     }
 
-    fn unlist(&self, known: &Known) {
+    fn unlist(&self, ino: Ino, known: &Known) {
         if let (Some(ledger), Some(place)) = (self.ledger.get(), known.place) {
-            ledger.remove(place);
+            ledger.remove(ino, place);
         }
     }
 
@@ -369,8 +377,8 @@ impl NodeTable {
     /// Takes back every reference.
     pub(crate) fn forget_all(&self) {
         for shard in &self.lookups {
-            for (_, known) in shard.lock().drain() {
-                self.unlist(&known);
+            for (ino, known) in shard.lock().drain() {
+                self.unlist(ino, &known);
             }
         }
     }

@@ -5,7 +5,7 @@ use super::core::{Access, Fetch};
 use super::error::{Error, Result};
 use super::keyring::{FreshKey, KEYS_PER_CALL_MAX};
 use super::sync::{Mutex, rank};
-use super::types::Ino;
+use super::types::{Domain, Ino};
 use std::collections::VecDeque;
 
 /// Numbers reserved at a time for inodes that need no key.
@@ -45,9 +45,9 @@ impl Access<'_> {
     /// A number and a DEK for a new regular file.
     pub(crate) fn unborn_file(&self) -> Result<(Ino, FreshKey)> {
         loop {
-            let (taken, left) = self.nursery.take_file();
-            if left == self.nursery.batch / 2 {
-                self.fetch_ahead(Fetch::Nursery);
+            let (taken, left) = self.home().nursery.take_file();
+            if left == self.home().nursery.batch / 2 {
+                self.fetch_ahead(Fetch::Nursery(self.home().id));
             }
             match taken {
                 Some(taken) => return Ok(taken),
@@ -58,24 +58,28 @@ impl Access<'_> {
 
     /// Fetches one more batch, if no more than `left_max` are left.
     pub(crate) fn refill_nursery(&self, left_max: usize) -> Result<()> {
-        let _one_at_a_time = self.nursery.files_refill.lock();
-        if self.nursery.files.lock().len() > left_max {
+        let _one_at_a_time = self.home().nursery.files_refill.lock();
+        if self.home().nursery.files.lock().len() > left_max {
             return Ok(());
         }
-        let inodes = self.reserve(self.nursery.batch as u64)?;
-        let keys = self.keyring.issue(&inodes)?;
-        self.nursery.files.lock().extend(inodes.into_iter().zip(keys));
+        let inodes = self.reserve(self.home().nursery.batch as u64)?;
+        let keys = self.home().keyring.issue(&inodes)?;
+        self.home()
+            .nursery
+            .files
+            .lock()
+            .extend(inodes.into_iter().zip(keys));
         Ok(())
     }
 
     /// As many as are worth a refill in the background.
     pub(crate) fn refill_nursery_ahead(&self) -> Result<()> {
-        self.refill_nursery(self.nursery.batch / 2)
+        self.refill_nursery(self.home().nursery.batch / 2)
     }
 
     /// A number for a new inode of any other kind.
     pub(crate) fn unborn_plain(&self) -> Result<Ino> {
-        let mut plain = self.nursery.plain.lock();
+        let mut plain = self.home().nursery.plain.lock();
         if plain.is_empty() {
             plain.extend(self.reserve(PLAIN_BATCH)?);
         }
@@ -83,7 +87,8 @@ impl Access<'_> {
     }
 
     fn reserve(&self, count: u64) -> Result<Vec<Ino>> {
-        let first = self.committer.reserve_inodes(self.keys(), count)?;
+        let (keys, domain) = (self.keys_of(Domain::FIRST)?, self.home().id);
+        let first = self.committer.reserve_inodes(keys, domain, count)?;
         Ok((first..first.saturating_add(count)).map(Ino).collect())
     }
 }

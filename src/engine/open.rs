@@ -6,17 +6,17 @@ use super::chunkcache::ChunkCache;
 use super::clock::{Clock, SystemClock};
 use super::commit::{Batch, Committer, Seq, Written};
 use super::core::{Core, Fetch};
-use super::dek::Misses;
+use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};
+use super::format::domain::{DomainRecord, DomainState, Usage};
 use super::format::root::{RootRecord, SealRecord};
 use super::format::rowkey::{self, Family};
 use super::format::superblock::{self, Superblock, SuperblockError};
-use super::keyring::{Keyring, Purpose, key_failure};
+use super::keyring::{KeyState, Keyring, Purpose, VolumeKey, key_failure, state_after};
 use super::keys::DomainKeys;
-use super::keyservice::{IssuedKey, KeyContext, KeyError, KeyService};
+use super::keyservice::{Dependants, IssuedKey, KeyContext, KeyError, KeyService};
 use super::namespace::new_record;
 use super::node::NodeTable;
-use super::nursery::Nursery;
 use super::orphan::Orphans;
 use super::seal;
 use super::slots::{Slots, sync_dir};
@@ -25,9 +25,11 @@ use super::store::{Mode, Store};
 use super::sweep::{self, Sweep};
 use super::sync::Mutex;
 use super::types::{Domain, FileKind, Ino, NewNode};
-use super::upkeep::{self, Lease, RENEWAL_MAX, Threads};
+use super::upkeep::{self, Threads};
 use super::volume::{Options, Volume};
+use super::watch::{Lease, RENEWAL_MAX};
 use rustix::fs::FlockOperation;
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
@@ -141,8 +143,6 @@ pub(crate) struct Opened {
     pub(crate) core: Arc<Core>,
     /// For the thread that fetches keys.
     pub(crate) jobs: Receiver<Fetch>,
-    /// For the one that renews it.
-    pub(crate) lease: Lease,
     /// What the last mount left to be swept.
     pub(crate) sweep: Option<Sweep>,
 }
@@ -169,7 +169,16 @@ impl Volume {
             if !existed {
                 let _gone = std::fs::remove_dir(dir);
             }
-        })
+        })?;
+        let made = Dependants {
+            inodes: 1,
+            bytes: 0,
+            is_removed: false,
+        };
+        if let Err(error) = keys.report(made) {
+            tracing::warn!(%error, "the KMS does not know of the volume until it is mounted");
+        }
+        Ok(())
     }
 
     /// Opens the volume in `dir` and starts its background threads.
@@ -206,13 +215,13 @@ pub(crate) fn open_core(
 ) -> std::result::Result<Opened, OpenError> {
     let superblock = Superblock::read(dir)?;
     let lock = take_lock(dir, writing)?;
-    let keyring = Keyring::open(
-        keys,
-        superblock.volume(),
-        superblock.hash(),
-        superblock.wrapped_vk().to_vec(),
-        options.dek_cache_entries_max,
-    )?;
+    let volume_key = VolumeKey {
+        volume: superblock.volume(),
+        domain: Domain::FIRST,
+        superblock_hash: superblock.hash(),
+        wrapped: superblock.wrapped_vk().to_vec(),
+    };
+    let keyring = Keyring::open(keys, volume_key, options.dek_cache_entries_max)?;
     let asked = clock.monotonic();
     let renewal = keyring.renew(RENEWAL_MAX)?;
     renewal.state?;
@@ -256,7 +265,7 @@ pub(crate) fn open_core(
             if let Err(error) = space.restore_ballast() {
                 tracing::warn!(%error, "the volume goes without ballast for now");
             }
-            sweep::begin(dir, &last.root)?
+            sweep::begin(dir, &last)?
         }
     };
     let (fetches, jobs) = sync_channel(FETCHES_MAX);
@@ -264,42 +273,95 @@ pub(crate) fn open_core(
         committer: Committer::new(Arc::clone(&store), Arc::clone(&space), last),
         store,
         space,
-        keyring,
+        domains: Domains::new(KeyDomain::new(
+            Domain::FIRST,
+            keyring,
+            options.dek_prefetch,
+            Some(lease),
+        )),
         slots: Slots::new(dir.join(DATA), writing == Writing::Nothing),
         nodes: NodeTable::new(options.node_cache_entries_max),
         chunks: ChunkCache::new(),
-        nursery: Nursery::new(options.dek_prefetch),
-        misses: Misses::default(),
         active: Active::default(),
         orphans: Orphans::default(),
         poisoned: Mutex::default(),
         rename: Mutex::new(()),
         clock,
         observer: Mutex::new(None),
-        is_shut_by_hand: Mutex::new(false),
         is_unswept: AtomicBool::new(sweep.is_some()),
         sealed: Mutex::new(sealed),
         upkeep_bell: Bell::default(),
         is_compaction_due: AtomicBool::new(false),
         compact_bell: Bell::default(),
-        key_bell: Bell::default(),
         fetches,
         dir: dir.to_path_buf(),
         options,
         _lock: lock,
     });
-    let access = core.serve()?;
-    access.directory(Ino::ROOT)?;
-    if !options.read_only {
-        access.collect_orphans()?;
+    core.serve(Domain::FIRST)?.directory(Ino::ROOT)?;
+    core.open_domains()?;
+    for domain in core.domains.all() {
+        match core.know_orphans(domain) {
+            Err(error) if domain.id == Domain::FIRST => return Err(error.into()),
+            // They wait for its key.
+            Err(error) => {
+                tracing::debug!(domain = domain.id.0, %error, "its unlinked files are not known yet")
+            }
+            Ok(()) => {}
+        }
     }
-    drop(access);
-    Ok(Opened {
-        core,
-        jobs,
-        lease,
-        sweep,
-    })
+    Ok(Opened { core, jobs, sweep })
+}
+
+impl Core {
+    /// Opens every domain but the first that is in use. One whose key may not be used is dark, and keeps nothing from being
+    /// opened.
+    fn open_domains(&self) -> std::result::Result<(), OpenError> {
+        let first = &self.domains.first().keyring;
+        let mut found = Vec::new();
+        {
+            let access = self.serve(Domain::FIRST)?;
+            let (from, to) = rowkey::all(Domain::FIRST, rowkey::Kind::Domain);
+            self.store.scan(Family::Meta, &from, &to, |key, sealed| {
+                let number = rowkey::last_number(key).and_then(|number| u16::try_from(number).ok());
+                let record = access.open_row(Ino::ROOT, key, sealed).ok();
+                let record = record.and_then(|plain| DomainRecord::decode(&plain).ok());
+                let damaged = || Error::Corrupt {
+                    what: "the record of a key domain".to_owned(),
+                };
+                found.push(number.zip(record).ok_or_else(damaged)?);
+                Ok(true)
+            })?;
+        }
+        for (number, record) in found {
+            let domain = Domain(number);
+            if record.state != DomainState::InUse {
+                self.domains.note(domain, record);
+                continue;
+            }
+            let service = first.service().for_domain(domain, &record.cmk_arn)?;
+            let volume_key = VolumeKey {
+                domain,
+                wrapped: record.wrapped_vk.clone(),
+                ..first.volume_key().clone()
+            };
+            let keyring = Keyring::dark(service, volume_key, self.options.dek_cache_entries_max);
+            let asked = self.clock.monotonic();
+            let lit = keyring.relight().and_then(|()| keyring.renew(RENEWAL_MAX));
+            let lit = lit.and_then(|renewal| renewal.state.map(|()| renewal.lease));
+            let lease = match lit {
+                Ok(length) => Some(Lease { asked, length }),
+                Err(error) => {
+                    tracing::warn!(domain = number, %error, "a key domain is dark");
+                    keyring.go_dark(state_after(&error).unwrap_or(KeyState::Unreachable), |_| ());
+                    None
+                }
+            };
+            let opened = KeyDomain::new(domain, keyring, self.options.dek_prefetch, lease);
+            self.domains.add(opened, record);
+        }
+        Ok(())
+    }
 }
 
 fn take_lock(dir: &Path, writing: Writing) -> std::result::Result<File, OpenError> {
@@ -339,7 +401,20 @@ fn read_root(store: &Store, keys: &DomainKeys, sealed_seq: u64) -> std::result::
             root.commit_seq
         )));
     }
-    Ok(Written { root, row })
+    let mut usage = BTreeMap::new();
+    let (from, to) = rowkey::all(Domain::FIRST, rowkey::Kind::Usage);
+    store.scan(Family::Meta, &from, &to, |key, sealed| {
+        let domain = rowkey::last_number(key).and_then(|number| u16::try_from(number).ok());
+        let plain = keys.open_row(Family::Meta, key, sealed);
+        let found = plain.and_then(|plain| Usage::decode(&plain).ok());
+        let damaged = || Error::Corrupt {
+            what: "the count of a key domain".to_owned(),
+        };
+        let (domain, found) = domain.zip(found).ok_or_else(damaged)?;
+        usage.insert(Domain(domain), found);
+        Ok(true)
+    })?;
+    Ok(Written { root, row, usage })
 }
 
 fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8; 16]) -> Result<()> {
@@ -391,6 +466,7 @@ fn make_store(dir: &Path, params: &CreateParams, keys: &DomainKeys) -> Result<Se
     let nothing = Written {
         root,
         row: Vec::new(),
+        usage: BTreeMap::new(),
     };
     let committer = Committer::new(Arc::clone(&store), Arc::new(Space::new(dir, limits)), nothing);
     let node = NewNode {
@@ -406,7 +482,7 @@ fn make_store(dir: &Path, params: &CreateParams, keys: &DomainKeys) -> Result<Se
     let key = rowkey::inode(Ino::ROOT);
     let value = keys.seal_row(Family::Meta, &key, &record.encode())?;
     batch.put(Family::Meta, key, value);
-    batch.count_inodes(1);
+    batch.count_inodes(Domain::FIRST, 1);
     let seq = committer.commit(keys, batch)?;
     committer.sync_to(seq)?;
     store.flush()?;

@@ -3,6 +3,7 @@
 
 use super::commit::{Batch, Seq};
 use super::core::{Access, Core};
+use super::domains::KeyDomain;
 use super::error::{Error, Result};
 use super::format::rowkey::{self, Family, Table};
 use super::publish::Publishing;
@@ -25,6 +26,21 @@ pub(crate) struct Orphans {
 }
 
 impl Orphans {
+    /// Takes the next that waits to be reclaimed, from `from` on.
+    fn next(&self, from: Ino) -> Option<Ino> {
+        let mut waiting = self.waiting.lock();
+        let next = waiting.range(from..).next().copied()?;
+        waiting.remove(&next);
+        Some(next)
+    }
+
+    /// Forgets those of inodes that are gone.
+    pub(crate) fn drop_all(&self, gone: impl Fn(Ino) -> bool) {
+        self.held.lock().retain(|ino| !gone(*ino));
+        self.waiting.lock().retain(|ino| !gone(*ino));
+        self.slot_files.lock().retain(|(_, ino)| !gone(*ino));
+    }
+
     /// Whether none waits to be reclaimed.
     pub(crate) fn is_idle(&self) -> bool {
         self.waiting.lock().is_empty() && self.slot_files.lock().is_empty()
@@ -66,7 +82,24 @@ impl Core {
     /// there is room for its deletion.
     pub(crate) fn reclaim_all(&self) -> Result<()> {
         let mut outcome = Ok(());
-        while let Some(done) = self.drain()?.reclaim_next() {
+        let mut from = Ino::default();
+        while let Some(ino) = self.orphans.next(from) {
+            let access = match self.drain(ino.domain()) {
+                Ok(access) => access,
+                // They wait for the key.
+                Err(error) => {
+                    self.orphans.waiting.lock().insert(ino);
+                    let Some(next) = ino.domain().0.checked_add(1) else {
+                        break;
+                    };
+                    if ino.domain() == Domain::FIRST {
+                        return outcome.and(Err(error));
+                    }
+                    from = Domain(next).number(0);
+                    continue;
+                }
+            };
+            let done = access.reclaim_waiting(ino);
             let is_no_room = done.as_ref().is_err_and(Error::is_no_room);
             outcome = outcome.and(done);
             if is_no_room {
@@ -74,6 +107,18 @@ impl Core {
             }
         }
         outcome
+    }
+
+    /// Notes the orphans that an earlier mount left in a domain, once its keys are there.
+    pub(crate) fn know_orphans(&self, domain: &KeyDomain) -> Result<()> {
+        if self.options.read_only {
+            return Ok(());
+        }
+        let access = self.drain(domain.id)?;
+        match domain.begin_orphans() {
+            true => access.collect_orphans(),
+            false => Ok(()),
+        }
     }
 
     /// Lets none be reclaimed of those that wait; they are given out instead.
@@ -95,9 +140,9 @@ impl Core {
 }
 
 impl Access<'_> {
-    /// Notes every orphan that an earlier mount left.
+    /// Notes every orphan that an earlier mount left in this domain.
     pub(crate) fn collect_orphans(&self) -> Result<()> {
-        let (from, to) = rowkey::all(Domain::FIRST, rowkey::Kind::Orphan);
+        let (from, to) = rowkey::all(self.home().id, rowkey::Kind::Orphan);
         self.store.scan(Family::Meta, &from, &to, |key, sealed| {
             let ino = Ino(rowkey::last_number(key).unwrap_or_default());
             match self.open_row(ino, key, sealed) {
@@ -115,11 +160,9 @@ impl Access<'_> {
         self.put_row(batch, rowkey::orphan(ino), &[])
     }
 
-    /// Reclaims the next orphan that waits; `None` if there is none. One that fails waits for the next mount, or, if there
-    /// was no room, for the next time.
-    fn reclaim_next(&self) -> Option<Result<()>> {
-        let ino = self.orphans.waiting.lock().pop_first()?;
-        Some(match self.reclaim(ino) {
+    /// Reclaims an orphan that waited. One that fails waits for the next mount, or, if there was no room, for the next time.
+    fn reclaim_waiting(&self, ino: Ino) -> Result<()> {
+        match self.reclaim(ino) {
             // Only the slot file is left, and the row that says so.
             Err(Error::Posix(libc::ESTALE)) => {
                 self.orphans.slot_files.lock().push((Seq::default(), ino));
@@ -130,7 +173,7 @@ impl Access<'_> {
                 Err(error)
             }
             other => other,
-        })
+        }
     }
 
     fn reclaim(&self, ino: Ino) -> Result<()> {
@@ -165,14 +208,14 @@ impl Access<'_> {
             batch.delete(Family::Meta, rowkey::orphan(ino));
         }
         batch.delete(Family::Meta, rowkey::inode(ino));
-        batch.count_inodes(-1);
-        batch.count_blocks(state.published.blocks, 0);
+        batch.count_inodes(ino.domain(), -1);
+        batch.count_blocks(ino.domain(), state.published.blocks, 0);
         let seq = self.commit(batch)?;
         // Whoever still holds the node must find nothing to publish: it would bring the inode back.
         state.file.dirty = false;
         self.nodes.remove(ino);
         self.active.remove(ino, state);
-        self.keyring.forget(ino);
+        self.domains.of(ino)?.keyring.forget(ino);
         if has_slot_file {
             self.orphans.slot_files.lock().push((seq, ino));
         }

@@ -5,7 +5,7 @@
 //! drain of the file is under way.
 
 use super::commit::{Batch, Seq};
-use super::core::Access;
+use super::core::{Access, Core};
 use super::error::{Error, Result};
 use super::format::chunk::{Block, CHUNK_BLOCKS, Chunk};
 use super::format::inode::{ContentState, InodeRecord};
@@ -56,6 +56,18 @@ pub(crate) struct Cut {
     pub(crate) batch: Batch,
     pub(crate) freed: Vec<u64>,
     blocks: u64,
+}
+
+impl Core {
+    /// Takes the pending chunks away.
+    pub(crate) fn take_pending(&self, state: &mut NodeState) -> BTreeMap<u64, Box<PendingChunk>> {
+        state.file.dirty = false;
+        let pending = std::mem::take(&mut state.file.pending);
+        for chunk in pending.values() {
+            self.active.account(chunk.accounted, 0);
+        }
+        pending
+    }
 }
 
 impl Access<'_> {
@@ -176,16 +188,6 @@ impl Access<'_> {
         }
     }
 
-    /// Takes the pending chunks away.
-    pub(crate) fn take_pending(&self, state: &mut NodeState) -> BTreeMap<u64, Box<PendingChunk>> {
-        state.file.dirty = false;
-        let pending = std::mem::take(&mut state.file.pending);
-        for chunk in pending.values() {
-            self.active.account(chunk.accounted, 0);
-        }
-        pending
-    }
-
     /// Prepares the deletion of the published chunks in `range`, none of which is pending.
     pub(crate) fn cut(&self, node: &Arc<Node>, state: &mut NodeState, range: Range<u64>) -> Result<Cut> {
         let mut cut = Cut::default();
@@ -196,7 +198,7 @@ impl Access<'_> {
         let mut rows = Vec::new();
         let (from, to) = (rowkey::chunk(ino, range.start), rowkey::chunk(ino, range.end));
         self.store.scan(Family::Meta, &from, &to, |key, sealed| {
-            self.keyring.go_on()?;
+            self.go_on()?;
             let chunk = self.open_chunk(ino, key, sealed)?;
             let index = rowkey::last_number(key).unwrap_or(u64::MAX);
             cut.freed.extend(chunk.run);
@@ -278,7 +280,7 @@ impl Access<'_> {
             }
         }
         self.put_bitmaps(node, state, &mut batch, &added, &freed)?;
-        batch.count_blocks(state.published.blocks, frozen.content.blocks);
+        batch.count_blocks(node.ino.domain(), state.published.blocks, frozen.content.blocks);
         let record = InodeRecord {
             content: frozen.content,
             ..state.record.clone()

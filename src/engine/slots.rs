@@ -3,9 +3,10 @@
 use super::error::{Error, Result};
 use super::format::chunk::CHUNK;
 use super::sync::{Mutex, rank};
-use super::types::Ino;
+use super::types::{Domain, Ino};
 use lru::LruCache;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -166,6 +167,19 @@ impl Slots {
             }
         }
         Ok(())
+    }
+
+    /// Removes every slot file of a domain that is durably gone, durably.
+    pub(crate) fn remove_all(&self, domain: Domain) -> Result<()> {
+        let mut shards = BTreeSet::new();
+        self.each_file(|file| {
+            if let Some(ino) = file.ino.filter(|ino| ino.domain() == domain) {
+                self.remove(ino)?;
+                shards.extend(file.path.parent().map(Path::to_path_buf));
+            }
+            Ok(())
+        })?;
+        shards.iter().try_for_each(|shard| sync_dir(shard))
     }
 
     /// Removes a slot file whose inode is durably gone.

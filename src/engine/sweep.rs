@@ -6,14 +6,16 @@
 //!
 //! `VOLUME/unclean` is there while the volume is open for writing, and until a sweep is complete.
 
+use super::commit::Written;
 use super::core::{Access, Core};
 use super::error::{Error, Result};
-use super::format::root::RootRecord;
 use super::format::rowkey::{self, Family};
+use super::keyring::KeyState;
 use super::publish::Publishing;
 use super::runs::{PAGE_RUNS, RunSet};
 use super::slots::{FoundFile, sync_dir};
-use super::types::Ino;
+use super::types::{Domain, Ino};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -28,25 +30,39 @@ const MARGIN: Duration = Duration::from_secs(60);
 const RUNS_MAX: usize = 256;
 
 /// What is to be swept.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Sweep {
-    /// Inode numbers below this were given out by earlier mounts, or never will be.
-    born_before: u64,
+    /// Inode numbers of a domain below this were given out by earlier mounts, or never will be.
+    born_before: BTreeMap<Domain, u64>,
     /// Slot files that were not modified since are left alone.
     since: SystemTime,
 }
 
+impl Sweep {
+    /// Whether an inode was there before this mount. Of a domain that is gone, or was never made, nothing is looked for here.
+    fn is_of_before(&self, ino: Ino) -> bool {
+        self.born_before
+            .get(&ino.domain())
+            .is_some_and(|limit| ino.0 < *limit)
+    }
+}
+
 /// Marks the volume as open. What is to be swept, if it was not closed the last time: the mark is as old as the first mount
 /// that was not.
-pub(crate) fn begin(dir: &Path, root: &RootRecord) -> Result<Option<Sweep>> {
+pub(crate) fn begin(dir: &Path, last: &Written) -> Result<Option<Sweep>> {
     let path = dir.join(NAME);
     match File::create_new(&path) {
         Ok(_) => sync_dir(dir).map(|()| None),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             let marked = std::fs::metadata(&path).and_then(|mark| mark.modified());
             let since = marked.ok().and_then(|marked| marked.checked_sub(MARGIN));
+            let others = last
+                .usage
+                .iter()
+                .map(|(domain, usage)| (*domain, usage.ino_limit));
+            let first = std::iter::once((Domain::FIRST, last.root.ino_limit));
             Ok(Some(Sweep {
-                born_before: root.ino_limit,
+                born_before: first.chain(others).collect(),
                 since: since.unwrap_or(SystemTime::UNIX_EPOCH),
             }))
         }
@@ -71,7 +87,13 @@ impl Core {
         let swept = self.slots.each_file(|file| {
             self.go_on_sweeping()?;
             match file.ino.filter(|_| file.modified >= sweep.since) {
-                Some(ino) if ino.0 < sweep.born_before => match self.sweep_file(ino, &file) {
+                Some(ino) if sweep.is_of_before(ino) => match self.sweep_file(ino, &file) {
+                    // Of a domain whose key may not be used, while the volume's own may.
+                    Err(error) if self.is_dark(ino.domain()) && !self.is_dark(Domain::FIRST) => {
+                        tracing::info!(inode = ino.0, %error, "a slot file is not swept; a later mount tries again");
+                        is_complete = false;
+                        Ok(())
+                    }
                     // Damage is for fsck; what storage refuses keeps no other file from it.
                     Err(error @ Error::Corrupt { .. }) => {
                         tracing::warn!(inode = ino.0, %error, "a slot file is not swept");
@@ -93,8 +115,13 @@ impl Core {
         }
     }
 
+    fn is_dark(&self, domain: Domain) -> bool {
+        let found = self.domains.get(domain);
+        found.is_ok_and(|domain| domain.keyring.state() != KeyState::Live)
+    }
+
     fn go_on_sweeping(&self) -> Result<()> {
-        if self.key_bell.is_stopped() {
+        if self.upkeep_bell.is_stopped() {
             return Err(Error::Posix(libc::EINTR));
         }
         // After a failed sync nobody knows which commits will be there.
@@ -103,7 +130,7 @@ impl Core {
 
     /// Gives back what nothing names in a slot file.
     fn sweep_file(&self, ino: Ino, file: &FoundFile) -> Result<()> {
-        let Some(named) = self.drain()?.named_runs(ino)? else {
+        let Some(named) = self.drain(ino.domain())?.named_runs(ino)? else {
             return self.sweep_unborn(ino, file);
         };
         let slots = match self.slots.existing(ino) {
@@ -123,7 +150,7 @@ impl Core {
         drop(slots);
         for runs in unnamed.chunks(RUNS_MAX) {
             self.go_on_sweeping()?;
-            self.drain()?.give_back(ino, runs)?;
+            self.drain(ino.domain())?.give_back(ino, runs)?;
         }
         Ok(())
     }
@@ -132,7 +159,7 @@ impl Core {
     /// back with a crash: first that is made durable.
     fn sweep_unborn(&self, ino: Ino, file: &FoundFile) -> Result<()> {
         self.committer.sync_to(self.committer.committed())?;
-        let access = self.drain()?;
+        let access = self.drain(ino.domain())?;
         let is_anything = access.stored_record(ino)?.is_some()
             || access.store.get(Family::Meta, &rowkey::orphan(ino))?.is_some()
             || access.has_chunks(ino)?;
@@ -157,7 +184,7 @@ impl Access<'_> {
         let mut named = RunSet::default();
         let (from, to) = (rowkey::chunk(ino, 0), rowkey::chunk(ino, u64::MAX));
         self.store.scan(Family::Meta, &from, &to, |key, sealed| {
-            self.keyring.go_on()?;
+            self.go_on()?;
             if let Some(run) = self.open_chunk(ino, key, sealed)?.run {
                 named.insert(run);
             }
@@ -193,7 +220,7 @@ impl Access<'_> {
         let slots = self.slots.existing(ino)?;
         let mut count = 0_u64;
         for run in runs {
-            self.keyring.go_on()?;
+            self.go_on()?;
             self.load_run_page(&node, &mut state, run / PAGE_RUNS)?;
             if !state.file.runs.is_used(*run) {
                 slots.punch(*run)?;

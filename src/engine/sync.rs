@@ -37,11 +37,14 @@ macro_rules! ranks {
 }
 
 ranks! {
-    /// One change of the key's state at a time. Only those who change it take it, over the whole change.
+    /// One change of a key's state at a time. Only those who change it take it, over the whole change; that of the first domain
+    /// before those of others.
     Darkening,
-    /// The keyring's gate. Every operation holds it throughout, for reading and once: a second time would wait behind a
-    /// revocation that waits for the first.
+    /// A domain's gate; several in ascending order of domains. Every operation holds that of its domain and of the first
+    /// throughout, for reading and once: a second time would wait behind a revocation that waits for the first.
     Gate,
+    /// One new domain at a time. Held over calls to the KMS and a sync of the log.
+    NewDomain,
     /// One refill of the pool of DEKs. Held over a call to the KMS and a sync of the log, so no lock but the gate is held
     /// when it is taken.
     NurseryRefill,
@@ -79,6 +82,10 @@ ranks! {
     ChunkCache,
     /// A shard of the files' keys.
     FileKeys,
+    /// Who has calls to the KMS broken off.
+    Closing,
+    /// What the domains are.
+    Domains,
     /// The pool of DEKs for inodes not yet born.
     NurseryFiles,
     /// The inodes without a name, by what they wait for.
@@ -283,8 +290,13 @@ pub(crate) struct Mutex<T, R> {
 
 impl<T, R: Ranked> Mutex<T, R> {
     pub(crate) const fn new(value: T) -> Self {
+        Self::numbered(0, value)
+    }
+
+    /// One of several of its rank, which are taken in ascending order of their numbers.
+    pub(crate) const fn numbered(number: u64, value: T) -> Self {
         Self {
-            place: Place::new(R::RANK, 0),
+            place: Place::new(R::RANK, number),
             rank: PhantomData,
             lock: raw::Mutex::new(value),
         }
@@ -406,7 +418,7 @@ impl Condvar {
     }
 }
 
-/// Checks that no lock is held but the gate and the nursery's refill lock: a call to the KMS may take as long as its limit.
+/// Checks that no lock is held but gates, and those of a refill of the nursery and of a new domain: a call to the KMS may take as long as its limit.
 #[track_caller]
 pub(crate) fn before_call_to_kms() {
     order::at_most(Some(Rank::NurseryRefill), "a call to the KMS");

@@ -38,7 +38,7 @@ impl Access<'_> {
 
     /// Looks `name` up in a table of `ino`, whose lock is held.
     pub(crate) fn search<T: Entry>(&self, table: Table, ino: Ino, name: &[u8]) -> Result<Search<T>> {
-        let first = self.keys().first_place(table, ino, name)?;
+        let first = self.keys_of(ino.domain())?.first_place(table, ino, name)?;
         let mut free = None;
         for place in first..first + CHAIN_MAX {
             match self.at_place::<T>(table, ino, place)? {
@@ -78,7 +78,9 @@ impl Access<'_> {
     ) -> Result<()> {
         let mut taken = BTreeSet::new();
         for entry in entries {
-            let first = self.keys().first_place(table, ino, entry.name())?;
+            let first = self
+                .keys_of(ino.domain())?
+                .first_place(table, ino, entry.name())?;
             let free = (first..first + CHAIN_MAX).find(|place| !taken.contains(place));
             let place = free.ok_or(Error::Posix(libc::ENOSPC))?;
             taken.insert(place);

@@ -13,7 +13,7 @@ impl Ino {
     /// The key domain the inode belongs to.
     #[must_use]
     pub fn domain(self) -> Domain {
-        Domain((self.0 >> 48) as u16)
+        Domain((self.0 >> Domain::SHIFT) as u16)
     }
 }
 
@@ -24,12 +24,25 @@ impl fmt::Debug for Ino {
 }
 
 /// A key domain: a subtree under its own CMK. Domain 0 is the volume's own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Domain(pub u16);
 
 impl Domain {
     /// The domain every volume starts with; it holds the root directory.
     pub const FIRST: Self = Self(0);
+    /// Where it stands in an inode number.
+    pub(crate) const SHIFT: u32 = 48;
+
+    /// The directory that the domain begins with.
+    #[must_use]
+    pub fn root(self) -> Ino {
+        self.number(Ino::ROOT.0)
+    }
+
+    /// An inode of the domain by its number in it.
+    pub(crate) fn number(self, counter: u64) -> Ino {
+        Ino(u64::from(self.0) << Self::SHIFT | counter)
+    }
 }
 
 /// The file types of inode(7).

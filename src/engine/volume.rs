@@ -1,15 +1,17 @@
 //! The engine's face: an open volume, and every operation on it.
 
 use super::core::{Core, Fetch};
+use super::domain::DomainStatus;
 use super::error::{Error, Result};
-use super::keyring::KeyState;
+use super::keyring::{KeyState, Keyring};
 use super::keyservice::{CacheObserver, InodeLedger};
 use super::sweep;
 use super::sync::{Mutex, assert_unbroken, rank};
 use super::types::{
-    Attr, Cookie, DirEntry, Fallocate, FileKind, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr, SetXattr,
-    StatFs, Taken,
+    Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr,
+    SetXattr, StatFs, Taken,
 };
+use super::watch::spawn_watch;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -110,9 +112,50 @@ impl Volume {
         self.core.nodes.set_ledger(ledger);
     }
 
-    /// Has the state of the CMK asked for at once.
-    pub fn ask_for_key_state(&self) {
-        self.core.key_bell.ring();
+    /// Has the state of a domain's CMK asked for at once.
+    pub fn ask_for_key_state(&self, domain: Domain) {
+        if let Ok(domain) = self.core.domains.get(domain) {
+            domain.bell.ring();
+        }
+    }
+
+    /// Puts an empty directory, `name` in `parent`, under another CMK of the same KMS: a new directory takes its place, with its
+    /// attributes, and what is made below it is of a key domain of its own. Durable when this returns.
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, ENOTEMPTY; EINVAL below another domain; EEXIST for the root of one, unless that is erased; the KMS's
+    /// refusal.
+    pub fn set_key(&self, parent: Ino, name: &[u8], cmk_arn: &str) -> Result<Domain> {
+        let domain = self.core.set_key(parent, name, cmk_arn)?;
+        self.forget_name(parent, name);
+        let watched = spawn_watch(&self.core, domain);
+        let watched = watched.inspect_err(|_| self.core.shut_unwatched(domain))?;
+        self.threads.lock().push(watched);
+        Ok(domain)
+    }
+
+    /// Removes the name of a key domain that is erased. Durable when this returns.
+    ///
+    /// # Errors
+    /// ENOENT; EBUSY for a domain that is not erased; EINVAL for what begins none.
+    pub fn remove_erased(&self, parent: Ino, name: &[u8]) -> Result<()> {
+        self.core.remove_erased(parent, name)?;
+        self.forget_name(parent, name);
+        Ok(())
+    }
+
+    fn forget_name(&self, parent: Ino, name: &[u8]) {
+        let observer = self.core.observer.lock().clone();
+        if let Some(observer) = observer {
+            observer.forget_name(parent, name);
+        }
+    }
+
+    /// The key domains that are in use, or whose name is still there; the volume's own first.
+    #[must_use]
+    pub fn domains(&self) -> Vec<DomainStatus> {
+        let access = self.core.serve(Domain::FIRST).ok();
+        self.core.domain_statuses(access.as_ref())
     }
 
     /// Goes dark at once, as if the CMK were disabled, without asking the KMS, and stays so until that is taken back, by
@@ -145,7 +188,9 @@ impl Volume {
     fn stop_threads(&self) {
         self.core.upkeep_bell.stop();
         self.core.compact_bell.stop();
-        self.core.key_bell.stop();
+        for domain in self.core.domains.all() {
+            domain.bell.stop();
+        }
         let threads = std::mem::take(&mut *self.threads.lock());
         if !threads.is_empty() && self.core.fetches.send(Fetch::Stop).is_err() {
             tracing::debug!("the fetching thread has ended before");
@@ -163,27 +208,28 @@ impl Volume {
     pub fn status(&self) -> Status {
         let core = &self.core;
         let root = core.committer.root();
+        let sum = |count: fn(&Keyring) -> u64| core.domains.all().map(|domain| count(&domain.keyring)).sum();
         Status {
-            key_state: core.keyring.state(),
+            key_state: core.domains.first().keyring.state(),
             inodes: root.inodes,
             blocks: root.blocks,
             commit_seq: core.committer.committed().0,
             durable_seq: core.committer.durable().0,
             pending_bytes: core.active.pending_bytes(),
             active_files: core.active.inodes().len(),
-            cached_deks: core.keyring.cached_files(),
-            kms_calls: core.keyring.calls(),
+            cached_deks: sum(|ring| ring.cached_files() as u64) as usize,
+            kms_calls: sum(Keyring::calls),
             is_unswept: core.is_unswept.load(Ordering::Acquire),
             failed: core.committer.check().is_err(),
         }
     }
 
-    /// Whether the keys may be used.
+    /// Whether the keys of an inode's domain may be used.
     ///
     /// # Errors
     /// Why not.
-    pub fn check_key(&self) -> Result<()> {
-        self.core.serve().map(|_| ())
+    pub fn check_key(&self, ino: Ino) -> Result<()> {
+        self.core.serve(ino.domain()).map(|_| ())
     }
 
     /// Finds `name`, `.` and `..` included. Counts one reference of the kernel's to the inode.
@@ -191,7 +237,7 @@ impl Volume {
     /// # Errors
     /// ENOENT, ENOTDIR, ENAMETOOLONG; ESTALE for `.` in what has no name any more.
     pub fn lookup(&self, parent: Ino, name: &[u8]) -> Result<Attr> {
-        self.core.serve()?.lookup(parent, name)
+        self.core.serve(parent.domain())?.lookup(parent, name)
     }
 
     /// Takes back `count` references of the kernel's. An inode without names goes with the last.
@@ -207,7 +253,7 @@ impl Volume {
         if node.kind == FileKind::Symlink {
             return Err(Error::Posix(libc::EINVAL));
         }
-        self.core.change()?.make(parent, name, node, &[])
+        self.core.change(parent.domain())?.make(parent, name, node, &[])
     }
 
     /// symlink(2). Counts one reference of the kernel's to the new inode.
@@ -223,7 +269,9 @@ impl Volume {
             gid,
             rdev: 0,
         };
-        self.core.change()?.make(parent, name, &node, target)
+        self.core
+            .change(parent.domain())?
+            .make(parent, name, &node, target)
     }
 
     /// readlink(2).
@@ -231,7 +279,7 @@ impl Volume {
     /// # Errors
     /// EINVAL for what is no symlink.
     pub fn readlink(&self, ino: Ino) -> Result<Vec<u8>> {
-        self.core.serve()?.readlink(ino)
+        self.core.serve(ino.domain())?.readlink(ino)
     }
 
     /// link(2). Counts one reference of the kernel's to the inode.
@@ -239,7 +287,7 @@ impl Volume {
     /// # Errors
     /// EEXIST, EMLINK, EPERM for a directory, ENOENT for an inode without names.
     pub fn link(&self, ino: Ino, parent: Ino, name: &[u8]) -> Result<Attr> {
-        self.core.change()?.link(ino, parent, name)
+        self.core.change(parent.domain())?.link(ino, parent, name)
     }
 
     /// unlink(2).
@@ -247,7 +295,7 @@ impl Volume {
     /// # Errors
     /// ENOENT; EISDIR for a directory.
     pub fn unlink(&self, parent: Ino, name: &[u8]) -> Result<()> {
-        self.core.change()?.unlink(parent, name)
+        self.core.change(parent.domain())?.unlink(parent, name)
     }
 
     /// rmdir(2).
@@ -255,7 +303,7 @@ impl Volume {
     /// # Errors
     /// ENOENT, ENOTDIR, ENOTEMPTY.
     pub fn rmdir(&self, parent: Ino, name: &[u8]) -> Result<()> {
-        self.core.change()?.rmdir(parent, name)
+        self.core.change(parent.domain())?.rmdir(parent, name)
     }
 
     /// renameat2(2).
@@ -271,7 +319,7 @@ impl Volume {
         flags: RenameFlags,
     ) -> Result<()> {
         self.core
-            .change()?
+            .change(parent.domain())?
             .rename(parent, name, new_parent, new_name, flags)
     }
 
@@ -285,10 +333,10 @@ impl Volume {
         from: Cookie,
         take: &mut dyn FnMut(&DirEntry<'_>) -> Taken,
     ) -> Result<()> {
-        self.core.serve()?.readdir(dir, from, take)
+        self.core.serve(dir.domain())?.readdir(dir, from, take)
     }
 
-    /// The same with attributes. Every entry taken, but `.` and `..`, counts one reference of the kernel's.
+    /// The same with attributes, but of the root of another key domain whose keys may not be used. Every entry taken, but `.` and `..`, counts one reference of the kernel's.
     ///
     /// # Errors
     /// ENOTDIR.
@@ -296,9 +344,9 @@ impl Volume {
         &self,
         dir: Ino,
         from: Cookie,
-        take: &mut dyn FnMut(&DirEntry<'_>, &Attr) -> Taken,
+        take: &mut dyn FnMut(&DirEntry<'_>, Option<&Attr>) -> Taken,
     ) -> Result<()> {
-        self.core.serve()?.readdirplus(dir, from, take)
+        self.core.serve(dir.domain())?.readdirplus(dir, from, take)
     }
 
     /// stat(2).
@@ -306,7 +354,7 @@ impl Volume {
     /// # Errors
     /// Only those of every method.
     pub fn getattr(&self, ino: Ino) -> Result<Attr> {
-        self.core.serve()?.attr(ino)
+        self.core.serve(ino.domain())?.attr(ino)
     }
 
     /// chmod(2), chown(2), truncate(2), utimensat(2) in one.
@@ -316,9 +364,9 @@ impl Volume {
     pub fn setattr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
         // The times of what was written back come behind it.
         let access = if set.is_of_times() {
-            self.core.drain()?
+            self.core.drain(ino.domain())?
         } else {
-            self.core.change()?
+            self.core.change(ino.domain())?
         };
         access.setattr(ino, set)
     }
@@ -329,7 +377,7 @@ impl Volume {
     /// ENODATA; EOPNOTSUPP for names in no namespace of xattr(7), and for those in `system.` that are no POSIX ACLs; EINVAL
     /// for a namespace alone.
     pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>> {
-        self.core.serve()?.getxattr(ino, name)
+        self.core.serve(ino.domain())?.getxattr(ino, name)
     }
 
     /// setxattr(2). Setting an access ACL changes the mode; with `kill_sgid` its sgid bit goes, as it does when the
@@ -346,7 +394,9 @@ impl Volume {
         how: SetXattr,
         kill_sgid: bool,
     ) -> Result<()> {
-        self.core.change()?.setxattr(ino, name, value, how, kill_sgid)
+        self.core
+            .change(ino.domain())?
+            .setxattr(ino, name, value, how, kill_sgid)
     }
 
     /// listxattr(2), in no particular order.
@@ -354,7 +404,7 @@ impl Volume {
     /// # Errors
     /// Only those of every method.
     pub fn listxattr(&self, ino: Ino) -> Result<Vec<Vec<u8>>> {
-        self.core.serve()?.listxattr(ino)
+        self.core.serve(ino.domain())?.listxattr(ino)
     }
 
     /// removexattr(2).
@@ -362,7 +412,7 @@ impl Volume {
     /// # Errors
     /// ENODATA; EOPNOTSUPP and EINVAL as for [`Self::getxattr`].
     pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
-        self.core.change()?.removexattr(ino, name)
+        self.core.change(ino.domain())?.removexattr(ino, name)
     }
 
     /// Prepares reading and writing: an open that succeeds has its key.
@@ -370,7 +420,7 @@ impl Volume {
     /// # Errors
     /// EISDIR and EINVAL for what has no content.
     pub fn open_file(&self, ino: Ino) -> Result<()> {
-        let access = self.core.serve()?;
+        let access = self.core.serve(ino.domain())?;
         let node = access.regular(ino)?;
         access.file_key(&node).map(|_| ())
     }
@@ -380,7 +430,7 @@ impl Volume {
     /// # Errors
     /// EISDIR and EINVAL for what has no content.
     pub fn read(&self, ino: Ino, offset: u64, buffer: &mut [u8]) -> Result<usize> {
-        let access = self.core.serve()?;
+        let access = self.core.serve(ino.domain())?;
         access.read(&access.regular(ino)?, offset, buffer)
     }
 
@@ -390,7 +440,7 @@ impl Volume {
     /// # Errors
     /// EISDIR and EINVAL for what has no content.
     pub fn drop_privileges(&self, ino: Ino, kill: Kill) -> Result<bool> {
-        let access = self.core.change()?;
+        let access = self.core.change(ino.domain())?;
         access.drop_privileges(&access.regular(ino)?, kill)
     }
 
@@ -400,7 +450,7 @@ impl Volume {
     /// # Errors
     /// EFBIG, ENOSPC; [`Error::Poisoned`] after a failed sync.
     pub fn write(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<usize> {
-        let access = self.core.change()?;
+        let access = self.core.change(ino.domain())?;
         let written = access.write(&access.regular(ino)?, offset, data, Some(access.now()))?;
         Ok(written.count)
     }
@@ -414,7 +464,7 @@ impl Volume {
     /// Those of [`Self::write`]; what was taken in before stays. The file counts as damaged from then on if it is the key
     /// that is lacking.
     pub fn write_back(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<()> {
-        let access = self.core.drain().inspect_err(|error| {
+        let access = self.core.drain(ino.domain()).inspect_err(|error| {
             // The kernel has no other copy, and no later fsync may claim that there is one (rule R6).
             tracing::error!(inode = ino.0, offset, length = data.len(), %error, "content is lost");
             self.core.poisoned.lock().insert(ino);
@@ -429,7 +479,7 @@ impl Volume {
     /// # Errors
     /// EFBIG, ENOSPC, EINVAL for a length of 0.
     pub fn fallocate(&self, ino: Ino, how: Fallocate, offset: u64, length: u64) -> Result<()> {
-        let access = self.core.change()?;
+        let access = self.core.change(ino.domain())?;
         access.fallocate(&access.regular(ino)?, how, offset, length)
     }
 
@@ -438,14 +488,14 @@ impl Volume {
     /// # Errors
     /// ENXIO behind the end, or behind the last data.
     pub fn seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64> {
-        let access = self.core.serve()?;
+        let access = self.core.serve(ino.domain())?;
         access.seek(&access.regular(ino)?, offset, what)
     }
 
     /// copy_file_range(2): returns the bytes copied, fewer than asked for at the end of the source.
     ///
     /// # Errors
-    /// EINVAL for overlapping ranges of one file.
+    /// EINVAL for overlapping ranges of one file; EXDEV between key domains.
     pub fn copy_range(
         &self,
         from: Ino,
@@ -454,7 +504,10 @@ impl Volume {
         to_offset: u64,
         length: u64,
     ) -> Result<u64> {
-        let access = self.core.change()?;
+        if from.domain() != to.domain() {
+            return Err(Error::Posix(libc::EXDEV));
+        }
+        let access = self.core.change(to.domain())?;
         access.copy_range(
             (&access.regular(from)?, from_offset),
             (&access.regular(to)?, to_offset),
@@ -471,7 +524,7 @@ impl Volume {
             return Ok(());
         }
         let seq = {
-            let access = self.core.drain()?;
+            let access = self.core.drain(ino.domain())?;
             access.publish(&access.node(ino)?)?;
             self.core.committer.committed()
         };
@@ -513,7 +566,7 @@ impl Drop for Volume {
 impl Core {
     /// An orderly end. While dark there is nothing in memory that storage does not hold.
     pub(super) fn put_away(&self) -> Result<()> {
-        if self.keyring.state() != KeyState::Live {
+        if self.domains.first().keyring.state() != KeyState::Live {
             return self.committer.sync_to(self.committer.committed());
         }
         // Everything is stored with the first; the rest is order, which on a full host waits for another mount.
@@ -527,7 +580,10 @@ impl Core {
         // Twice: what becomes durable in the first round lets slot files and runs go, which the second records.
         for _ in 0..2 {
             outcome = outcome.and(self.publish_all());
-            outcome = outcome.and(unless_full("reclaiming", self.drain()?.remove_slot_files()));
+            outcome = outcome.and(unless_full(
+                "reclaiming",
+                self.drain(Domain::FIRST)?.remove_slot_files(),
+            ));
             outcome = outcome.and(self.for_active(|access, node| access.settle(node).map(|_| ())));
         }
         // The log stays, and is durable.

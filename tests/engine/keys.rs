@@ -112,7 +112,7 @@ fn each_state_of_the_key_has_its_own_error() {
     for (answer, state, error) in cases {
         fixture.kms.set(answer);
         state_becomes(&volume, state);
-        assert_eq!(volume.check_key(), Err(error));
+        assert_eq!(volume.check_key(Ino::ROOT), Err(error));
     }
 }
 
@@ -125,10 +125,10 @@ fn an_unreachable_kms_is_tolerated_for_the_length_of_its_lease() {
     let before = fixture.kms.renewals();
     // Of two that begin from now on, the first has been dealt with.
     eventually(|| fixture.kms.renewals() >= before + 2);
-    assert_eq!(volume.check_key(), Ok(()));
+    assert_eq!(volume.check_key(Ino::ROOT), Ok(()));
     fixture.clock.advance(FakeKms::LEASE);
     state_becomes(&volume, KeyState::Unreachable);
-    assert_eq!(volume.check_key(), Err(Error::KeyUnavailable));
+    assert_eq!(volume.check_key(Ino::ROOT), Err(Error::KeyUnavailable));
     fixture.kms.set(Answer::Enabled);
     state_becomes(&volume, KeyState::Live);
 }
@@ -141,7 +141,7 @@ fn a_panic_of_the_thread_that_watches_the_key_darkens_the_volume() {
     volume.set_observer(purges.clone());
     fixture.kms.set(Answer::Panic);
     state_becomes(&volume, KeyState::Unreachable);
-    assert_eq!(volume.check_key(), Err(Error::KeyUnavailable));
+    assert_eq!(volume.check_key(Ino::ROOT), Err(Error::KeyUnavailable));
     eventually(|| !purges.0.lock().unwrap().is_empty());
     fixture.kms.set(Answer::Enabled);
     state_becomes(&volume, KeyState::Live);
@@ -153,7 +153,8 @@ fn a_volume_does_not_open_without_its_key() {
     let fixture = Fixture::new();
     for (answer, error) in [
         (Answer::Disabled, KeyError::Revoked),
-        (Answer::Destroyed, KeyError::Erased),
+        (Answer::Destroyed, KeyError::Destroyed),
+        (Answer::NoMaterial, KeyError::Erased),
     ] {
         fixture.kms.set(answer);
         assert_eq!(fixture.try_open().err(), Some(OpenError::Key(error)));

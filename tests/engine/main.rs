@@ -7,6 +7,7 @@ mod check;
 mod corruption;
 mod crash;
 mod directories;
+mod domains;
 mod full;
 mod golden;
 mod keys;

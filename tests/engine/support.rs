@@ -1,10 +1,12 @@
 //! A KMS in memory and a clock that tests move by hand.
 
 use cmkfs::engine::{
-    CheckOptions, Clock, Cookie, CreateParams, Error, Fault, FileKind, Ino, IssuedKey, KeyContext, KeyError,
-    KeyService, NewNode, OpenError, Options, Position, Renewal, Report, Taken, Timestamp, Volume,
+    CheckOptions, Clock, Cookie, CreateParams, Dependants, Domain, Error, Fault, FileKind, Ino, IssuedKey,
+    KeyContext, KeyError, KeyService, NewNode, OpenError, Options, Position, Renewal, Report, Taken,
+    Timestamp, Volume,
 };
 use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive};
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,6 +20,7 @@ pub enum Answer {
     Enabled,
     Disabled,
     Destroyed,
+    NoMaterial,
     Denied,
     Unreachable,
     Panic,
@@ -34,6 +37,9 @@ pub struct FakeKms {
     epoch: AtomicU64,
     acknowledged: AtomicU64,
     is_refusing: AtomicBool,
+    seed: u8,
+    reported: Mutex<Option<Dependants>>,
+    others: Mutex<BTreeMap<Domain, Arc<FakeKms>>>,
 }
 
 impl FakeKms {
@@ -55,6 +61,9 @@ impl FakeKms {
             epoch: AtomicU64::new(0),
             acknowledged: AtomicU64::new(0),
             is_refusing: AtomicBool::new(false),
+            seed,
+            reported: Mutex::default(),
+            others: Mutex::default(),
         }
     }
 
@@ -72,6 +81,18 @@ impl FakeKms {
     /// It is another now, that has heard nothing.
     pub fn restart(&self) {
         self.acknowledged.store(0, Ordering::SeqCst);
+    }
+
+    /// The same for another key domain, whose key is another.
+    pub fn domain(&self, domain: Domain) -> Arc<Self> {
+        let mut others = self.others.lock().unwrap();
+        let new = || Arc::new(Self::new(self.seed.wrapping_add(domain.0 as u8)));
+        Arc::clone(others.entry(domain).or_insert_with(new))
+    }
+
+    /// What it was told last that depends on the key.
+    pub fn reported(&self) -> Option<Dependants> {
+        *self.reported.lock().unwrap()
     }
 
     /// Calls that issued or opened keys.
@@ -92,7 +113,8 @@ impl FakeKms {
         match answer {
             Answer::Enabled => Ok(()),
             Answer::Disabled => Err(KeyError::Revoked),
-            Answer::Destroyed => Err(KeyError::Erased),
+            Answer::Destroyed => Err(KeyError::Destroyed),
+            Answer::NoMaterial => Err(KeyError::Erased),
             Answer::Denied => Err(KeyError::Denied),
             Answer::Unreachable => Err(KeyError::Unreachable("nothing listens".to_owned())),
             Answer::Panic => panic!("a defect in the adapter"),
@@ -184,6 +206,15 @@ impl KeyService for FakeKms {
     fn expect(&self, seen: Position) -> Result<(), KeyError> {
         let follows = self.position().follows(&seen);
         follows.then_some(()).ok_or(KeyError::RolledBack)
+    }
+
+    fn for_domain(&self, domain: Domain, _: &str) -> Result<Arc<dyn KeyService>, KeyError> {
+        Ok(self.domain(domain))
+    }
+
+    fn report(&self, dependants: Dependants) -> Result<(), KeyError> {
+        *self.reported.lock().unwrap() = Some(dependants);
+        Ok(())
     }
 
     fn refuse(&self, refusing: bool) {

@@ -7,6 +7,7 @@ mod acl;
 mod attributes;
 mod crash;
 mod directories;
+mod domains;
 mod drill;
 mod errors;
 mod fencing;

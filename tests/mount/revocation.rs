@@ -17,7 +17,7 @@ fn refused<T>(result: std::io::Result<T>) -> bool {
 }
 
 /// Reads the first byte of a shared mapping in a child, which a SIGBUS ends.
-fn mapped_page_is_readable(file: &File) -> bool {
+pub fn mapped_page_is_readable(file: &File) -> bool {
     use std::os::fd::AsRawFd;
     // SAFETY: the child makes async-signal-safe calls alone, and reads one byte of a mapping of its own.
     unsafe {

@@ -44,12 +44,21 @@ impl World {
     /// A volume that is not mounted.
     pub fn unmounted() -> Self {
         let world = Self::without_volume();
-        world.cmkfs_ok(&["create", world.volume().to_str().unwrap(), "--key-id", &world.key]);
+        world.create_volume();
         world
     }
 
     /// A kmsd with a key.
     pub fn without_volume() -> Self {
+        Self::with_keystore(&[])
+    }
+
+    /// The same, whose clock can be moved.
+    pub fn with_drill_clock() -> Self {
+        Self::with_keystore(&["--drill"])
+    }
+
+    fn with_keystore(options: &[&str]) -> Self {
         let fuse = File::options().read(true).write(true).open("/dev/fuse");
         fuse.expect_fuse();
         assert!(
@@ -72,13 +81,24 @@ impl World {
             .arg("init")
             .arg("--home")
             .arg(home)
+            .args(options)
             .output()
             .unwrap();
         assert!(init.status.success(), "{init:?}");
         world.start_kmsd();
-        let created = world.kmsctl(&["create-key"]).unwrap();
-        world.key = created["KeyMetadata"]["KeyId"].as_str().unwrap().to_owned();
+        world.key = world.create_key();
         world
+    }
+
+    /// Another key's id.
+    pub fn create_key(&self) -> String {
+        let created = self.kmsctl(&["create-key"]).unwrap();
+        created["KeyMetadata"]["KeyId"].as_str().unwrap().to_owned()
+    }
+
+    /// Makes the volume.
+    pub fn create_volume(&self) {
+        self.cmkfs_ok(&["create", self.volume().to_str().unwrap(), "--key-id", &self.key]);
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -247,7 +267,11 @@ impl World {
     }
 
     pub fn key_state(&self) -> String {
-        let described = self.kmsctl(&["describe-key", "--key-id", &self.key]).unwrap();
+        self.state_of_key(&self.key)
+    }
+
+    pub fn state_of_key(&self, key: &str) -> String {
+        let described = self.kmsctl(&["describe-key", "--key-id", key]).unwrap();
         described["KeyMetadata"]["KeyState"].as_str().unwrap().to_owned()
     }
 

@@ -18,6 +18,7 @@ const DEVICE: &str = "/dev/fuse";
 const CLONE: libc::Ioctl = 0x8004_e500u32 as libc::Ioctl;
 /// enum fuse_notify_code in include/uapi/linux/fuse.h.
 const NOTIFY_INVAL_INODE: i32 = 2;
+const NOTIFY_INVAL_ENTRY: i32 = 3;
 /// Since Linux 6.16.
 const NOTIFY_INC_EPOCH: i32 = 8;
 const HEADER_BYTES: usize = 16;
@@ -95,6 +96,22 @@ impl FuseDevice {
         }
     }
 
+    /// Has the kernel look up one name again. It takes the directory's lock, which a request may hold that waits for the server.
+    ///
+    /// # Errors
+    /// Those of write(2) to /dev/fuse.
+    pub fn forget_name(&self, parent: u64, name: &[u8]) -> Result<Found> {
+        // struct fuse_notify_inval_entry_out; the name ends with a NUL that its length does not count.
+        let mut body = Vec::with_capacity(17 + name.len());
+        body.extend_from_slice(&parent.to_ne_bytes());
+        let length = u32::try_from(name.len()).map_err(Error::other)?;
+        body.extend_from_slice(&length.to_ne_bytes());
+        body.extend_from_slice(&[0; 4]);
+        body.extend_from_slice(name);
+        body.push(0);
+        found(self.notify(NOTIFY_INVAL_ENTRY, &body))
+    }
+
     /// Whether the filesystem has ended: unmounted everywhere, and nobody has a file of it open or mapped. An aborted
     /// connection's has not.
     ///
@@ -110,11 +127,7 @@ impl FuseDevice {
         let mut body = [0; 24];
         body[..8].copy_from_slice(&inode.to_ne_bytes());
         body[8..16].copy_from_slice(&offset.to_ne_bytes());
-        match self.notify(NOTIFY_INVAL_INODE, &body) {
-            Ok(()) => Ok(Found::Inode),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Found::Nothing),
-            Err(error) => Err(error),
-        }
+        found(self.notify(NOTIFY_INVAL_INODE, &body))
     }
 
     /// struct fuse_out_header: a unique of 0 makes the error a notification's code.
@@ -125,5 +138,14 @@ impl FuseDevice {
         header[4..8].copy_from_slice(&code.to_ne_bytes());
         rustix::io::writev(&self.0, &[IoSlice::new(&header), IoSlice::new(body)])?;
         Ok(())
+    }
+}
+
+/// Whether a notification met anything.
+fn found(notified: Result<()>) -> Result<Found> {
+    match notified {
+        Ok(()) => Ok(Found::Inode),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Found::Nothing),
+        Err(error) => Err(error),
     }
 }

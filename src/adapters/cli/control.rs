@@ -2,7 +2,8 @@
 //! mount, as one JSON line.
 
 use super::Failure;
-use crate::engine::{KeyState, Superblock, Volume};
+use super::domain_document;
+use crate::engine::{Ino, KeyState, Superblock, Volume};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
@@ -22,12 +23,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Longest wait for an answer: going dark takes as long as storing what was written.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest answer that is read, in bytes.
-const ANSWER_MAX: u64 = 64 << 10;
+const ANSWER_MAX: u64 = 16 << 20;
 /// Longest question that is read, in bytes.
-const QUESTION_MAX: u64 = 32;
+const QUESTION_MAX: u64 = 4096;
 
 /// What a mount can be asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Question {
     /// Its state.
     Status,
@@ -35,21 +36,63 @@ pub(super) enum Question {
     Revoke,
     /// To take that back.
     Resume,
+    /// To put an empty directory under a CMK, given by its ARN.
+    SetKey(Name, String),
+    /// To remove the name of an erased key domain.
+    RemoveKey(Name),
+}
+
+/// A directory entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Name {
+    /// The inode number of the directory.
+    pub(super) parent: u64,
+    pub(super) name: Vec<u8>,
 }
 
 impl Question {
-    const ALL: [Self; 3] = [Self::Status, Self::Revoke, Self::Resume];
-
-    fn line(self) -> &'static str {
+    fn line(&self) -> String {
         match self {
-            Self::Status => "status\n",
-            Self::Revoke => "revoke\n",
-            Self::Resume => "resume\n",
+            Self::Status => "status\n".to_owned(),
+            Self::Revoke => "revoke\n".to_owned(),
+            Self::Resume => "resume\n".to_owned(),
+            Self::SetKey(name, arn) => format!("setkey {} {arn}\n", name.words()),
+            Self::RemoveKey(name) => format!("rmkey {}\n", name.words()),
         }
     }
 
     fn of(line: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|question| question.line() == line)
+        let mut words = line.strip_suffix('\n')?.split(' ');
+        let question = match words.next()? {
+            "status" => Self::Status,
+            "revoke" => Self::Revoke,
+            "resume" => Self::Resume,
+            "setkey" => Self::SetKey(Name::of(&mut words)?, words.next()?.to_owned()),
+            "rmkey" => Self::RemoveKey(Name::of(&mut words)?),
+            _ => return None,
+        };
+        words.next().is_none().then_some(question)
+    }
+}
+
+impl Name {
+    /// The name, which may hold any byte, in hexadecimal digits.
+    fn words(&self) -> String {
+        let digits: String = self.name.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("{} {digits}", self.parent)
+    }
+
+    fn of<'w>(words: &mut impl Iterator<Item = &'w str>) -> Option<Self> {
+        let parent = words.next()?.parse().ok()?;
+        let digits = words.next()?.as_bytes();
+        let bytes = digits.chunks(2).map(|pair| {
+            let pair = std::str::from_utf8(pair).ok()?;
+            u8::from_str_radix(pair, 16).ok().filter(|_| pair.len() == 2)
+        });
+        Some(Self {
+            parent,
+            name: bytes.collect::<Option<_>>()?,
+        })
     }
 }
 
@@ -82,6 +125,7 @@ pub(super) fn start(
     dir: &Path,
     mountpoint: &Path,
     superblock: &Superblock,
+    kmsd: &Path,
 ) -> Result<Control, Failure> {
     let failed = |error: std::io::Error| format!("control socket in {}: {error}", dir.display());
     let path = dir.join(NAME);
@@ -93,6 +137,7 @@ pub(super) fn start(
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
     let mountpoint = mountpoint.to_owned();
     let facts = facts(dir, superblock);
+    let kmsd = kmsd.to_owned();
     let is_stopping = Arc::new(AtomicBool::new(false));
     let is_over = Arc::clone(&is_stopping);
     let heard = listener.try_clone().map_err(failed)?;
@@ -111,13 +156,11 @@ pub(super) fn start(
                 }
             };
             let answered = hear(&stream).and_then(|question| {
-                match question {
-                    Question::Status => {}
-                    Question::Revoke => volume.revoke_by_hand(true),
-                    Question::Resume => volume.revoke_by_hand(false),
-                }
-                let line = format!("{}\n", state(&volume, &mountpoint, facts.clone()));
-                stream.write_all(line.as_bytes())
+                let answer = match serve(&volume, &question, &kmsd) {
+                    Ok(()) => state(&volume, &mountpoint, facts.clone()),
+                    Err(why) => json!({ "refused": why }),
+                };
+                stream.write_all(format!("{answer}\n").as_bytes())
             });
             if let Err(error) = answered {
                 tracing::debug!(%error, "a question to the mount was not heard out");
@@ -136,6 +179,28 @@ pub(super) fn start(
     })
 }
 
+/// Does what is asked for; says why not.
+fn serve(volume: &Volume, question: &Question, kmsd: &Path) -> Result<(), Failure> {
+    match question {
+        Question::Status => Ok(()),
+        Question::Revoke => {
+            volume.revoke_by_hand(true);
+            Ok(())
+        }
+        Question::Resume => {
+            volume.revoke_by_hand(false);
+            Ok(())
+        }
+        Question::SetKey(Name { parent, name }, arn) => volume
+            .set_key(Ino(*parent), name, arn)
+            .map(|_| ())
+            .map_err(|error| super::setkey::refusal(&error, kmsd)),
+        Question::RemoveKey(Name { parent, name }) => volume
+            .remove_erased(Ino(*parent), name)
+            .map_err(|error| super::setkey::refusal_of_removal(&error)),
+    }
+}
+
 fn hear(stream: &UnixStream) -> std::io::Result<Question> {
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
@@ -145,7 +210,10 @@ fn hear(stream: &UnixStream) -> std::io::Result<Question> {
 }
 
 /// Asks the mount of the volume in `dir`; `None` if it is not mounted.
-pub(super) fn ask(dir: &Path, question: Question) -> Result<Option<Value>, Failure> {
+///
+/// # Errors
+/// Why it does not answer, or does not do it.
+pub(super) fn ask(dir: &Path, question: &Question) -> Result<Option<Value>, Failure> {
     let failed = |error: std::io::Error| format!("control socket in {}: {error}", dir.display());
     let mut stream = match through_directory(dir, |short| UnixStream::connect(short)) {
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
@@ -161,9 +229,12 @@ pub(super) fn ask(dir: &Path, question: Question) -> Result<Option<Value>, Failu
         .take(ANSWER_MAX)
         .read_to_string(&mut line)
         .map_err(failed)?;
-    serde_json::from_str(&line)
-        .map(Some)
-        .map_err(|error| format!("the mount's answer is no JSON: {error}"))
+    let answer: Value =
+        serde_json::from_str(&line).map_err(|error| format!("the mount's answer is no JSON: {error}"))?;
+    match answer.get("refused").and_then(Value::as_str) {
+        Some(why) => Err(why.to_owned()),
+        None => Ok(Some(answer)),
+    }
 }
 
 /// A socket's path has 107 bytes at most (unix(7)), a directory's has not: it is named by its descriptor.
@@ -203,6 +274,7 @@ fn state(volume: &Volume, mountpoint: &Path, mut facts: Value) -> Value {
         "kms_calls": status.kms_calls,
         "unswept": status.is_unswept,
         "failed": status.failed,
+        "domains": volume.domains().iter().map(domain_document).collect::<Vec<_>>(),
     });
     if let (Some(all), Value::Object(more)) = (facts.as_object_mut(), state) {
         all.extend(more);
@@ -210,7 +282,7 @@ fn state(volume: &Volume, mountpoint: &Path, mut facts: Value) -> Value {
     facts
 }
 
-fn key_state(state: KeyState) -> &'static str {
+pub(super) fn key_state(state: KeyState) -> &'static str {
     match state {
         KeyState::Live => "live",
         KeyState::Draining => "draining",
@@ -218,5 +290,35 @@ fn key_state(state: KeyState) -> &'static str {
         KeyState::Erased => "erased",
         KeyState::Denied => "denied",
         KeyState::Unreachable => "unreachable",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn questions_are_heard_as_they_were_asked_and_nothing_else_is() {
+        let name = || Name {
+            parent: 7,
+            name: b" \xff\n".to_vec(),
+        };
+        let questions = [
+            Question::Status,
+            Question::Revoke,
+            Question::Resume,
+            Question::SetKey(name(), "acs:kms:local:1:key/x".to_owned()),
+            Question::RemoveKey(name()),
+        ];
+        for question in questions {
+            let line = question.line();
+            assert!(line.len() < QUESTION_MAX as usize);
+            assert_eq!(Question::of(&line), Some(question));
+            assert_eq!(Question::of(line.trim_end()), None);
+            assert_eq!(Question::of(&line.replace('\n', " more\n")), None);
+        }
+        for line in ["setkey 7 fff arn\n", "rmkey x ff\n", "rmkey 7 +f\n", "\n"] {
+            assert_eq!(Question::of(line), None, "{line}");
+        }
     }
 }

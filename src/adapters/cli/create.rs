@@ -1,28 +1,26 @@
 //! `cmkfs create`
 
+use super::key_arn;
 use super::{CreateArguments, Failure, key_failure, uuid_text};
-use crate::adapters::kms::{SessionKeys, connect};
+use crate::adapters::kms::{Holder, SessionKeys};
 use crate::engine::{CreateParams, Error, KeyError, Options, Volume};
-use kms_client::ClientError;
 use std::path::Path;
 
 pub(super) fn run(arguments: &CreateArguments, socket: &Path) -> Result<(), Failure> {
     let dir = std::path::absolute(&arguments.volume)
         .map_err(|error| format!("volume {}: {error}", arguments.volume.display()))?;
     refuse_occupied(&dir)?;
-    let client = connect(socket).map_err(|error| key_failure(&error, socket))?;
-    let key = client
-        .describe_key(&arguments.key_id)
-        .map_err(|error| match error {
-            ClientError::Kms(error) => format!("key '{}': {}", arguments.key_id, error.message),
-            ClientError::Unreachable(why) => key_failure(&KeyError::Unreachable(why), socket),
-            other => format!("kmsd: {other}"),
-        })?;
+    let arn = key_arn(&arguments.key_id, socket)?;
     let uuid = uuid::Uuid::new_v4().into_bytes();
-    let keys = SessionKeys::open(client, uuid, &key.arn, Options::default().drain_max)
-        .map_err(|error| key_failure(&error, socket))?;
+    let holder = Holder {
+        socket: socket.to_path_buf(),
+        volume: uuid,
+        location: dir.clone(),
+        drain_max: Options::default().drain_max,
+    };
+    let keys = SessionKeys::open(holder, &arn).map_err(|error| key_failure(&error, socket))?;
     let params = CreateParams {
-        cmk_arn: key.arn.clone(),
+        cmk_arn: arn.clone(),
         uid: rustix::process::getuid().as_raw(),
         gid: rustix::process::getgid().as_raw(),
     };
@@ -36,7 +34,7 @@ pub(super) fn run(arguments: &CreateArguments, socket: &Path) -> Result<(), Fail
         "created volume {} in {} under {}",
         uuid_text(uuid),
         dir.display(),
-        key.arn
+        arn
     );
     Ok(())
 }

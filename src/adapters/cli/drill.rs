@@ -246,7 +246,7 @@ fn live(path: &Path, is_agreed: bool, socket: &Path) -> Result<LiveVolume, Failu
         None => existing_directory(path, "volume")?,
     };
     let superblock = read_superblock(&volume, socket)?;
-    let state = control::ask(&volume, control::Question::Status)?.ok_or_else(|| {
+    let state = control::ask(&volume, &control::Question::Status)?.ok_or_else(|| {
         format!(
             "{} is not mounted: mount it, or drill with --scratch",
             volume.display()

@@ -4,8 +4,10 @@ use super::harden::harden;
 use super::{
     Failure, FsckArguments, existing_directory, key_failure, open_failure, read_superblock, uuid_text,
 };
-use crate::adapters::kms::{SessionKeys, connect};
-use crate::engine::{CheckOptions, Event, Options, Problem, Report, SystemClock, Volume};
+use crate::adapters::kms::{Holder, SessionKeys};
+use crate::engine::{
+    CheckOptions, CheckedDomain, Event, KeyService, KeyState, Options, Problem, Report, SystemClock, Volume,
+};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
@@ -26,14 +28,15 @@ pub(super) fn run(arguments: &FsckArguments, socket: &Path) -> Result<ExitCode, 
     let dir = existing_directory(&arguments.volume, "volume")?;
     let superblock = read_superblock(&dir, socket)?;
     harden()?;
-    let client = connect(socket).map_err(|error| key_failure(&error, socket))?;
-    let (volume, cmk, drain_max) = (
-        superblock.volume(),
-        superblock.cmk_arn(),
-        Options::default().drain_max,
-    );
+    let holder = Holder {
+        socket: socket.to_path_buf(),
+        volume: superblock.volume(),
+        location: dir.clone(),
+        drain_max: Options::default().drain_max,
+    };
     let keys =
-        SessionKeys::open(client, volume, cmk, drain_max).map_err(|error| key_failure(&error, socket))?;
+        SessionKeys::open(holder, superblock.cmk_arn()).map_err(|error| key_failure(&error, socket))?;
+    let keys = Arc::new(keys);
     let options = CheckOptions {
         scrub: arguments.scrub,
         repair: arguments.repair,
@@ -42,14 +45,20 @@ pub(super) fn run(arguments: &FsckArguments, socket: &Path) -> Result<ExitCode, 
     let checked = Volume::check(
         &dir,
         options,
-        Arc::new(keys),
+        Arc::clone(&keys) as Arc<dyn KeyService>,
         Arc::new(SystemClock),
         &mut |event| {
             screen.show(event);
         },
     );
     screen.clear();
+    keys.close();
     let report = checked.map_err(|error| open_failure(&error, &dir, socket))?;
+    if !arguments.json {
+        for line in report.domains.iter().filter_map(domain_line) {
+            screen.line(&line);
+        }
+    }
     let text = if arguments.json {
         document(&dir, superblock.volume(), &report).to_string()
     } else {
@@ -143,12 +152,43 @@ fn summary(dir: &Path, arguments: &FsckArguments, report: &Report) -> String {
             counts.orphans
         ));
     }
+    let unchecked = report
+        .domains
+        .iter()
+        .filter(|domain| !domain.is_checked && !is_erased(domain));
+    let unchecked = unchecked.count();
+    if unchecked > 0 {
+        say(format_args!(", {unchecked} key domains not checked"));
+    }
     match report.totals() {
         (0, 0) => say(format_args!(": clean")),
         (0, left) if !arguments.repair => say(format_args!(": {left} problems")),
         (repaired, left) => say(format_args!(": {repaired} problems repaired, {left} left")),
     }
     text
+}
+
+fn is_erased(domain: &CheckedDomain) -> bool {
+    domain.status.key_state == KeyState::Erased
+}
+
+/// What is to be said of a key domain that could not be looked at.
+fn domain_line(domain: &CheckedDomain) -> Option<String> {
+    let status = &domain.status;
+    let why = match is_erased(domain) {
+        _ if domain.is_checked => return None,
+        true => "erased: its key is destroyed, and its content is noise",
+        false => "not checked: its key may not be used at present",
+    };
+    let place = status
+        .path
+        .as_deref()
+        .map_or_else(String::new, |path| format!("{}: ", path.escape_ascii()));
+    let arn = status.cmk_arn.as_deref().unwrap_or_default();
+    Some(format!(
+        "{place}key domain {} ({arn}), {} inodes, {} blocks: {why}",
+        status.domain.0, status.inodes, status.blocks
+    ))
 }
 
 fn document(dir: &Path, uuid: [u8; 16], report: &Report) -> Value {
@@ -176,5 +216,14 @@ fn document(dir: &Path, uuid: [u8; 16], report: &Report) -> Value {
         "scrubbed_blocks": counts.scrubbed_blocks,
         "orphans": counts.orphans,
         "problems": problems.collect::<Vec<_>>(),
+        "domains": report.domains.iter().map(domain_document).collect::<Vec<_>>(),
     })
+}
+
+fn domain_document(domain: &CheckedDomain) -> Value {
+    let mut document = super::domain_document(&domain.status);
+    if let Some(fields) = document.as_object_mut() {
+        fields.insert("checked".to_owned(), domain.is_checked.into());
+    }
+    document
 }

@@ -1,4 +1,4 @@
-//! The command line: `cmkfs create`, `mount`, `umount`, `status`, `revoke`, `fsck`, `drill`.
+//! The command line: `cmkfs create`, `mount`, `umount`, `status`, `revoke`, `setkey`, `rmkey`, `fsck`, `drill`.
 
 mod background;
 mod control;
@@ -10,11 +10,15 @@ mod logging;
 mod mount;
 mod options;
 mod revoke;
+mod setkey;
 mod status;
 mod umount;
 
-use crate::engine::{KeyError, OpenError, Superblock};
+use crate::adapters::kms::connect;
+use crate::engine::{DomainStatus, KeyError, OpenError, Superblock};
 use clap::{Args, Parser, Subcommand};
+use kms_client::ClientError;
+use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -31,6 +35,8 @@ Examples:
   cmkfs mount -o ro,cache=none ~/vault /mnt     read-only; what read(2) gives stays out of the page cache
   cmkfs status ~/private --json                 state of the key, of the log and of the caches
   cmkfs revoke ~/private                        dark at once, without kmsd; --undo takes it back
+  cmkfs setkey ~/private/acme --key-id alias/acme
+                                                a subtree under a CMK of its own, revocable and erasable alone
   cmkfs umount ~/private                        returns when everything is on disk
   cmkfs fsck --scrub ~/vault                    check every record and every block of an unmounted volume
   cmkfs drill --report r.json --html r.html     take a key away, give it back, destroy it, on a scratch volume; with evidence
@@ -59,6 +65,11 @@ enum Command {
     Status(StatusArguments),
     /// Have a mount go dark at once, as if its key were disabled, without kmsd; returns when nothing can be read.
     Revoke(RevokeArguments),
+    /// Put an empty directory of a mounted volume under a CMK of its own; returns when that is durable.
+    #[command(after_help = SETKEY_HELP)]
+    Setkey(SetkeyArguments),
+    /// Remove a directory of a mounted volume whose own CMK is destroyed. Its content is gone; this removes its name.
+    Rmkey(RmkeyArguments),
     /// Check a volume that is not mounted: records, names, links, counts, slots. Changes nothing without --repair.
     #[command(after_help = FSCK_HELP)]
     Fsck(FsckArguments),
@@ -66,6 +77,13 @@ enum Command {
     #[command(after_help = drill::HELP)]
     Drill(drill::DrillArguments),
 }
+
+const SETKEY_HELP: &str = "\
+What is made in the directory from then on, names and attributes included, is under that CMK: disabling it darkens that
+subtree alone, destroying it makes that subtree noise for ever, and its space comes back. While the volume's own CMK may not
+be used, nothing can be. The directory is replaced by a new one with its owner, mode, times and attributes: who is in it
+has to enter it again. Files are moved into it and out of it by copying (mv does that); hard links do not cross. A directory
+below such a directory cannot be put under another CMK. docs/domains.md has the details.";
 
 const FSCK_HELP: &str = "\
 Exit status, as fsck(8) has it: 0 no problem, 1 problems were repaired, 4 problems were left (5: both), 8 the check could
@@ -126,6 +144,21 @@ struct RevokeArguments {
 }
 
 #[derive(Debug, Args)]
+struct SetkeyArguments {
+    /// An empty directory of a mounted volume.
+    directory: PathBuf,
+    /// The CMK: a key id, an ARN, or alias/NAME.
+    #[arg(long, value_name = "KEY")]
+    key_id: String,
+}
+
+#[derive(Debug, Args)]
+struct RmkeyArguments {
+    /// A directory of a mounted volume whose CMK is destroyed.
+    directory: PathBuf,
+}
+
+#[derive(Debug, Args)]
 struct FsckArguments {
     /// The volume's directory.
     volume: PathBuf,
@@ -156,6 +189,8 @@ pub fn run() -> ExitCode {
         Command::Umount(arguments) => umount::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Revoke(arguments) => revoke::run(&arguments),
+        Command::Setkey(arguments) => setkey::set(&arguments, &socket),
+        Command::Rmkey(arguments) => setkey::remove(&arguments),
         Command::Fsck(arguments) => {
             failure = ExitCode::from(fsck::OPERATIONAL_ERROR);
             match fsck::run(&arguments, &socket) {
@@ -205,7 +240,8 @@ fn key_failure(error: &KeyError, socket: &Path) -> Failure {
         KeyError::Revoked => "the key is disabled or pending deletion; 'kmsctl enable-key' or 'kmsctl \
             cancel-key-deletion' brings it back"
             .to_owned(),
-        KeyError::Erased => "the key is destroyed or unknown to this kmsd".to_owned(),
+        KeyError::Erased => "the key is destroyed, has no material, or is unknown to this kmsd".to_owned(),
+        KeyError::Destroyed => "the key is destroyed: what was under it is noise for ever".to_owned(),
         KeyError::Denied => "kmsd refuses this user the key".to_owned(),
         KeyError::Unreachable(why) => format!(
             "kmsd does not answer on {}: start it, or name its socket with --socket or $KMS_SOCKET ({why})",
@@ -221,6 +257,29 @@ fn key_failure(error: &KeyError, socket: &Path) -> Failure {
         }
         KeyError::Other(message) => format!("kmsd: {message}"),
     }
+}
+
+/// The ARN of a key that may be given in any form.
+fn key_arn(key: &str, socket: &Path) -> Result<String, Failure> {
+    let client = connect(socket).map_err(|error| key_failure(&error, socket))?;
+    let described = client.describe_key(key).map_err(|error| match error {
+        ClientError::Kms(error) => format!("key '{key}': {}", error.message),
+        ClientError::Unreachable(why) => key_failure(&KeyError::Unreachable(why), socket),
+        other => format!("kmsd: {other}"),
+    })?;
+    Ok(described.arn)
+}
+
+/// A key domain, in JSON.
+fn domain_document(status: &DomainStatus) -> Value {
+    json!({
+        "domain": status.domain.0,
+        "path": status.path.as_deref().map(|path| path.escape_ascii().to_string()),
+        "cmk_arn": status.cmk_arn,
+        "key_state": control::key_state(status.key_state),
+        "inodes": status.inodes,
+        "data_bytes": status.blocks.saturating_mul(4096),
+    })
 }
 
 fn open_failure(error: &OpenError, volume: &Path, socket: &Path) -> Failure {

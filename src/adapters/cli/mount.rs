@@ -7,8 +7,8 @@ use super::{
     open_failure, read_superblock,
 };
 use crate::adapters::fuse::{Mounted, Unmounter};
-use crate::adapters::kms::{SessionKeys, connect};
-use crate::engine::{KeyService, Superblock, SystemClock, Volume};
+use crate::adapters::kms::{Holder, SessionKeys};
+use crate::engine::{Domain, KeyService, Superblock, SystemClock, Volume};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::{Path, PathBuf};
@@ -86,11 +86,14 @@ fn plan(arguments: &MountArguments, socket: &Path) -> Result<Plan, Failure> {
 
 fn serve(plan: &Plan, report: &mut Report) -> Result<(), Failure> {
     harden()?;
-    let client = connect(&plan.socket).map_err(|error| key_failure(&error, &plan.socket))?;
-    let (superblock, drain_max) = (&plan.superblock, plan.options.engine.drain_max);
-    let keys = SessionKeys::open(client, superblock.volume(), superblock.cmk_arn(), drain_max)
-        .map_err(|error| key_failure(&error, &plan.socket))?;
-    let keys = Arc::new(keys);
+    let holder = Holder {
+        socket: plan.socket.clone(),
+        volume: plan.superblock.volume(),
+        location: plan.volume.clone(),
+        drain_max: plan.options.engine.drain_max,
+    };
+    let keys = SessionKeys::open(holder, plan.superblock.cmk_arn());
+    let keys = Arc::new(keys.map_err(|error| key_failure(&error, &plan.socket))?);
     let volume = Volume::open(
         &plan.volume,
         plan.options.engine,
@@ -120,15 +123,16 @@ fn serve_open(
         &plan.volume,
         &plan.mountpoint,
         &plan.superblock,
+        &plan.socket,
     )?;
     let watched = Arc::downgrade(volume);
-    let ring = move || {
+    let ring = move |domain: Domain| {
         if let Some(volume) = watched.upgrade() {
-            volume.ask_for_key_state();
+            volume.ask_for_key_state(domain);
         }
     };
-    let _watcher = keys
-        .watch(ring)
+    let _watching = keys
+        .watch(Arc::new(ring))
         .map_err(|error| format!("no thread to watch the key with: {error}"))?;
     // Blocked from before the mount is there, so that none of them finds it half made.
     let mut signals =
@@ -139,6 +143,7 @@ fn serve_open(
         &plan.mountpoint,
         plan.options.flags,
         plan.options.cache,
+        keys.ledgers(),
         |handles| {
             keys.attach(handles)
                 .map_err(|error| std::io::Error::other(error.to_string()))

@@ -16,7 +16,7 @@ pub(super) fn run(arguments: &RevokeArguments) -> Result<(), Failure> {
     } else {
         Question::Revoke
     };
-    let state = control::ask(&mount.volume, question)?
+    let state = control::ask(&mount.volume, &question)?
         .ok_or_else(|| format!("the process that serves {shown} does not answer; end it, or unmount"))?;
     let is_dark = state.get("key_state").and_then(|state| state.as_str()) != Some("live");
     if is_dark || arguments.undo {

@@ -13,7 +13,7 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<(), Failure> {
         Some(mount) => mount.volume,
         None => existing_directory(&arguments.path, "volume")?,
     };
-    let state = match control::ask(&dir, Question::Status)? {
+    let state = match control::ask(&dir, &Question::Status)? {
         Some(state) => state,
         None => {
             let superblock =
@@ -33,9 +33,38 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<(), Failure> {
 
 fn table(state: &Value) -> String {
     let fields = state.as_object().into_iter().flatten();
+    let fields = fields.filter(|(name, _)| *name != "domains");
     let lines = fields.map(|(name, value)| {
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         format!("{:<16}{value}", name.replace('_', " "))
     });
-    lines.collect::<Vec<_>>().join("\n")
+    let domains = state.get("domains").and_then(Value::as_array);
+    // The volume's own is what the fields tell of, unless there are others.
+    let domains = domains
+        .into_iter()
+        .flatten()
+        .filter(|_| domains.is_some_and(|all| all.len() > 1));
+    lines
+        .chain(domains.map(domain_line))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn domain_line(domain: &Value) -> String {
+    let text = |name: &str| {
+        let value = domain.get(name).filter(|value| !value.is_null());
+        value.map_or_else(
+            || "-".to_owned(),
+            |value| value.as_str().map_or_else(|| value.to_string(), str::to_owned),
+        )
+    };
+    format!(
+        "{:<16}{} {} {}: {} inodes, {} bytes",
+        format!("domain {}", text("domain")),
+        text("path"),
+        text("cmk_arn"),
+        text("key_state"),
+        text("inodes"),
+        text("data_bytes")
+    )
 }

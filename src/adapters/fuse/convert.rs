@@ -1,6 +1,6 @@
 //! FUSE's types and the engine's, one into the other.
 
-use crate::engine::{Attr, FileKind, Timestamp};
+use crate::engine::{Attr, FileKind, Ino, Timestamp};
 use fuser::{FileAttr, FileType, INodeNo};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -54,6 +54,16 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
         rdev: attr.rdev,
         blksize: BLOCK_SIZE,
         flags: 0,
+    }
+}
+
+/// What is shown of a directory whose attributes may not be: that it is there.
+pub(super) fn dark_attr(ino: Ino) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(ino.0),
+        kind: FileType::Directory,
+        nlink: 2,
+        ..negative_attr()
     }
 }
 

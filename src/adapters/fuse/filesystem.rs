@@ -1,6 +1,6 @@
 //! Every FUSE request, translated. No request may panic a loop, and none logs a name.
 
-use super::convert::{file_attr, file_type, kind_of_mode, negative_attr, permissions, timestamp};
+use super::convert::{dark_attr, file_attr, file_type, kind_of_mode, negative_attr, permissions, timestamp};
 use super::invalidate::{Laundry, Search, answer_search};
 use super::negotiate::negotiate;
 use super::reply::{GENERATION, TTL, reply_attr, reply_empty, reply_entry, reply_xattr};
@@ -23,7 +23,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Most bytes one copy_file_range request copies; programs ask again for the rest. A revocation waits for requests
 /// that are under way.
@@ -518,12 +518,16 @@ impl Filesystem for CmkFs {
         let listed = self.call("readdirplus", ino, |volume| {
             volume.readdirplus(Ino(ino.0), Cookie(offset), &mut |entry, attr| {
                 let name = OsStr::from_bytes(entry.name);
-                let attr = file_attr(attr);
+                // Without attributes, and to be asked about again: its key may be had by then.
+                let (attr, ttl) = match attr {
+                    Some(attr) => (file_attr(attr), TTL),
+                    None => (dark_attr(entry.ino), Duration::ZERO),
+                };
                 taken(reply.add(
                     INodeNo(entry.ino.0),
                     entry.cookie.0,
                     name,
-                    &TTL,
+                    &ttl,
                     &attr,
                     GENERATION,
                 ))
@@ -621,7 +625,10 @@ impl Filesystem for CmkFs {
 
     fn access(&self, _req: &Request, ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
         // The kernel checks permissions itself (default_permissions); what is left is whether the key may be used.
-        reply_empty(reply, self.call("access", ino, Volume::check_key));
+        reply_empty(
+            reply,
+            self.call("access", ino, |volume| volume.check_key(Ino(ino.0))),
+        );
     }
 
     fn fallocate(

@@ -39,6 +39,10 @@ impl CacheObserver for Purger {
         }
     }
 
+    fn forget_name(&self, parent: Ino, name: &[u8]) {
+        log_failure(parent, self.device.forget_name(parent.0, name));
+    }
+
     fn wipe(&self) {
         self.residue.wipe_all();
     }

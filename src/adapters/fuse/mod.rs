@@ -11,5 +11,5 @@ mod residue;
 mod session;
 
 pub use mount::{MountFlags, unmount};
-pub use mountinfo::{Device, Mount, find, find_other};
+pub use mountinfo::{Device, Mount, find, find_around, find_other};
 pub use session::{CacheMode, Mounted, Unmounter};

@@ -2,8 +2,10 @@
 
 use super::mount::FILESYSTEM_TYPE;
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::Result;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Symlinks that are followed to a mount point, as many as the kernel follows (MAXSYMLINKS).
@@ -29,14 +31,62 @@ pub struct Device {
     pub minor: u32,
 }
 
+/// The table of mounts, open: it can be read when no more files can be opened.
+#[derive(Debug)]
+pub(super) struct Table(File);
+
+impl Table {
+    pub(super) fn open() -> Result<Self> {
+        File::open("/proc/self/mountinfo").map(Self)
+    }
+
+    /// The topmost mount at `mountpoint`, if it is one of ours.
+    pub(super) fn find(&self, mountpoint: &Path) -> Result<Option<Mount>> {
+        let at = resolve(mountpoint, SYMLINKS_MAX);
+        // The last one lies on top.
+        let found = self
+            .read()?
+            .into_iter()
+            .rfind(|(mount, _)| mount.mountpoint == at);
+        Ok(found.filter(|(_, is_ours)| *is_ours).map(|(mount, _)| mount))
+    }
+
+    /// Every mount of this namespace, and whether it is of our type.
+    fn read(&self) -> Result<Vec<(Mount, bool)>> {
+        let mut table = Vec::new();
+        let mut part = [0; 4096];
+        loop {
+            match self.0.read_at(&mut part, table.len() as u64)? {
+                0 => break,
+                count => table.extend_from_slice(part.get(..count).unwrap_or_default()),
+            }
+        }
+        Ok(table.split(|byte| *byte == b'\n').filter_map(parse).collect())
+    }
+}
+
 /// The topmost mount at `mountpoint`, if it is one of ours.
 ///
 /// # Errors
 /// If the table cannot be read.
 pub fn find(mountpoint: &Path) -> Result<Option<Mount>> {
-    let at = resolve(mountpoint, SYMLINKS_MAX);
-    // The last one lies on top.
-    let found = table()?.into_iter().rfind(|(mount, _)| mount.mountpoint == at);
+    Table::open()?.find(mountpoint)
+}
+
+/// The mount that a directory which can be looked at lies in, if it is one of ours.
+///
+/// # Errors
+/// If the directory or the table cannot be read.
+pub fn find_around(dir: &Path) -> Result<Option<Mount>> {
+    let number = std::fs::metadata(dir)?.dev();
+    let device = Device {
+        major: rustix::fs::major(number),
+        minor: rustix::fs::minor(number),
+    };
+    let found = Table::open()?
+        .read()?
+        .into_iter()
+        .rfind(|(mount, _)| mount.device == device);
     Ok(found.filter(|(_, is_ours)| *is_ours).map(|(mount, _)| mount))
 }
 
@@ -45,17 +95,11 @@ pub fn find(mountpoint: &Path) -> Result<Option<Mount>> {
 /// # Errors
 /// If the table cannot be read.
 pub fn find_other(unmounted: &Mount) -> Result<Option<Mount>> {
-    let found = table()?.into_iter().find(|(mount, is_ours)| {
+    let found = Table::open()?.read()?.into_iter().find(|(mount, is_ours)| {
         // The number alone may be another filesystem's by now.
         *is_ours && mount.device == unmounted.device && mount.volume == unmounted.volume
     });
     Ok(found.map(|(mount, _)| mount))
-}
-
-/// Every mount of this namespace, and whether it is of our type.
-fn table() -> Result<Vec<(Mount, bool)>> {
-    let table = std::fs::read("/proc/self/mountinfo")?;
-    Ok(table.split(|byte| *byte == b'\n').filter_map(parse).collect())
 }
 
 /// The canonical path of a mount point, whose own attributes may be out of reach while the key is revoked.

@@ -3,13 +3,12 @@
 use super::filesystem::CmkFs;
 use super::invalidate::{Laundry, Purger};
 use super::mount::{MountFlags, mount, unmount};
-use super::mountinfo::{self, Device};
+use super::mountinfo::{Device, Table};
 use super::residue::Residue;
-use crate::adapters::kms::{MountHandles, SharedLedger};
-use crate::engine::Volume;
+use crate::adapters::kms::MountHandles;
+use crate::engine::{InodeLedger, Volume};
 use fuse_device::{AbortHandle, FuseDevice};
 use fuser::{Config, Session, SessionACL};
-use kms_client::Ledger;
 use parking_lot::RwLock;
 use std::io::{Error, Result};
 use std::os::fd::{AsFd, OwnedFd};
@@ -49,14 +48,19 @@ pub struct Mounted {
 pub struct Unmounter {
     mountpoint: PathBuf,
     device: Device,
+    mounts: Arc<Table>,
 }
 
 impl Unmounter {
     fn of(mountpoint: &Path) -> Result<Self> {
-        let mount = mountinfo::find(mountpoint)?.ok_or_else(|| Error::other("it was unmounted at once"))?;
+        let mounts = Table::open()?;
+        let mount = mounts
+            .find(mountpoint)?
+            .ok_or_else(|| Error::other("it was unmounted at once"))?;
         Ok(Self {
             mountpoint: mountpoint.to_owned(),
             device: mount.device,
+            mounts: Arc::new(mounts),
         })
     }
 
@@ -66,7 +70,7 @@ impl Unmounter {
     /// # Errors
     /// EBUSY for a busy mount that is not unmounted lazily.
     pub fn unmount(&self, lazily: bool) -> Result<bool> {
-        match mountinfo::find(&self.mountpoint)? {
+        match self.mounts.find(&self.mountpoint)? {
             Some(mount) if mount.device == self.device => unmount(&self.mountpoint, lazily).map(|()| true),
             _ => Ok(false),
         }
@@ -109,8 +113,8 @@ impl Breaker {
 }
 
 impl Mounted {
-    /// Mounts `volume` and serves it; returns when the kernel's first request was answered. `attach` hands kmsd what it
-    /// needs to revoke the mount without its help; nothing is served before.
+    /// Mounts `volume` and serves it; returns when the kernel's first request was answered. What the kernel learns of is listed in
+    /// `ledger`; `attach` hands kmsd what it needs to revoke the mount without its help; nothing is served before.
     ///
     /// # Errors
     /// Why it could not be mounted.
@@ -120,6 +124,7 @@ impl Mounted {
         mountpoint: &Path,
         flags: MountFlags,
         cache: CacheMode,
+        ledger: Arc<dyn InodeLedger>,
         attach: impl FnOnce(MountHandles) -> Result<()>,
     ) -> Result<Self> {
         let device = mount(source, mountpoint, flags)?;
@@ -131,6 +136,7 @@ impl Mounted {
         let breaker = Arc::new(Breaker::of(&place));
         // Before the first request is answered: what the kernel learns, kmsd can have it forget.
         let residue = Arc::new(Residue::new(place.mountpoint.clone(), LOOPS));
+        volume.set_ledger(ledger);
         hand_over(volume, &place, &device, &residue, attach)
             .and_then(|notices| Self::serve(volume, place, &breaker, (device, notices), cache, residue))
             .inspect_err(|_| {
@@ -227,7 +233,7 @@ impl Mounted {
     }
 }
 
-/// Has the kernel's caches purged through a descriptor of their own, and listed where kmsd reads; hands kmsd its means. That
+/// Has the kernel's caches purged through a descriptor of their own; hands kmsd its means. That
 /// descriptor.
 fn hand_over(
     volume: &Volume,
@@ -238,15 +244,12 @@ fn hand_over(
 ) -> Result<Arc<FuseDevice>> {
     let clone = || FuseDevice::clone_of(device.as_fd());
     let notices = Arc::new(clone()?);
-    let ledger = Arc::new(Ledger::new()?);
-    volume.set_ledger(Arc::new(SharedLedger(Arc::clone(&ledger))));
     volume.set_observer(Arc::new(Purger {
         device: Arc::clone(&notices),
         residue: Arc::clone(residue),
     }));
     attach(MountHandles {
         device: clone()?,
-        ledger,
         abort: AbortHandle::open(place.device.minor).ok(),
         device_minor: place.device.minor,
     })?;

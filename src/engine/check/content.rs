@@ -15,25 +15,31 @@ use std::iter::Peekable;
 
 /// The ciphertext of every inline block of the volume, in the order of their chunks.
 struct Bodies<'s> {
-    core: &'s Core,
     rows: Peekable<Rows<'s>>,
+    /// The domains whose bodies are looked at.
+    reached: Vec<Domain>,
 }
 
 impl<'s> Bodies<'s> {
-    fn new(core: &'s Core, from: &[u8], to: &[u8]) -> Self {
-        let rows = core.store.rows(Family::Content, from, to).peekable();
-        Self { core, rows }
+    fn new(core: &'s Core, reached: Vec<Domain>) -> Self {
+        let (from, _) = rowkey::all_content(Domain::FIRST);
+        let (_, to) = rowkey::all_content(reached.last().copied().unwrap_or_default());
+        let rows = core.store.rows(Family::Content, &from, &to).peekable();
+        Self { rows, reached }
     }
 
     /// The next row's key and length, if it comes before `end`.
     fn before(&mut self, end: Option<&[u8]>) -> Result<Option<(Box<[u8]>, usize)>> {
-        self.core.keyring.go_on()?;
         let is_before = |row: &Result<Row>| match (row, end) {
             (Ok((key, _)), Some(end)) => **key < *end,
             _ => true,
         };
-        let row = self.rows.next_if(is_before).transpose()?;
-        Ok(row.map(|(key, body)| (key, body.len())))
+        while let Some((key, body)) = self.rows.next_if(is_before).transpose()? {
+            if rowkey::domain_of(&key).is_some_and(|domain| self.reached.contains(&domain)) {
+                return Ok(Some((key, body.len())));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -52,8 +58,7 @@ pub(super) struct FileContent {
 impl Check<'_> {
     pub(super) fn check_content(&mut self) -> Result<()> {
         let mut file = FileContent::default();
-        let (from, to) = rowkey::all_content(Domain::FIRST);
-        let mut bodies = Bodies::new(self.core, &from, &to);
+        let mut bodies = Bodies::new(self.core, self.access.reached());
         let bodies = &mut bodies;
         self.each_row(Kind::Chunk, "chunks", None, |check, key, sealed| {
             let (ino, index) = rowkey::numbers(key);
@@ -155,6 +160,7 @@ impl Check<'_> {
     /// Ciphertext of blocks whose chunk has no record.
     fn left_over_bodies(&mut self, bodies: &mut Bodies<'_>, end: Option<&[u8]>) -> Result<()> {
         while let Some((key, _)) = bodies.before(end)? {
+            self.access.go_on()?;
             let (ino, number) = rowkey::numbers(&key);
             if !self.damaged.contains(&ino) {
                 self.left_over_body(ino, number, "which is a hole");

@@ -54,6 +54,8 @@ impl Check<'_> {
             recount.xattrs = Some(found.xattrs);
         }
         let is_lost = known.nlink > 0 && found.names == 0 && ino != Ino::ROOT;
+        // Its name would be in another domain.
+        let is_root = ino == ino.domain().root();
         let is_unmarked = known.nlink == 0 && !found.is_orphan && found.children == 0;
         let is_named_orphan = known.nlink == 0 && found.names > 0;
         let has_lost_entries = known.nlink == 0 && found.children > 0;
@@ -65,7 +67,8 @@ impl Check<'_> {
         }
         if is_lost && whole {
             let detail = "it has no name".to_owned();
-            self.found(Fault::Lost, Some(ino), detail, Some(Fix::Reconnect(ino)));
+            let fix = (!is_root).then_some(Fix::Reconnect(ino));
+            self.found(Fault::Lost, Some(ino), detail, fix);
         }
         if is_named_orphan {
             let detail = "it has a name, but no links".to_owned();

@@ -12,7 +12,7 @@ mod report;
 mod scrub;
 mod slotfiles;
 
-pub use report::{Counts, Event, Fault, Problem, Report};
+pub use report::{CheckedDomain, Counts, Event, Fault, Problem, Report};
 
 use super::clock::Clock;
 use super::core::{Access, Core};
@@ -143,7 +143,7 @@ struct Finding {
 fn run(core: &Core, options: CheckOptions, watch: &mut dyn FnMut(Event<'_>)) -> Result<Report> {
     let mut check = Check {
         core,
-        access: core.serve()?,
+        access: core.serve_all()?,
         watch,
         inodes: HashMap::new(),
         damaged: BTreeSet::new(),
@@ -159,6 +159,7 @@ fn run(core: &Core, options: CheckOptions, watch: &mut dyn FnMut(Event<'_>)) -> 
     let orphans = core.withhold_orphans();
     check.find(options)?;
     check.tell();
+    let domains = check.domains();
     // What a check did not see whole is not repaired: it would be taken for what is not there.
     let repairs = options.repair && !check.is_incomplete;
     let sure = check.sure_orphans(repairs);
@@ -178,6 +179,7 @@ fn run(core: &Core, options: CheckOptions, watch: &mut dyn FnMut(Event<'_>)) -> 
     Ok(Report {
         counts,
         problems: findings.into_iter().map(|finding| finding.problem).collect(),
+        domains,
     })
 }
 
@@ -200,6 +202,17 @@ impl Check<'_> {
             self.scrub()?;
         }
         Ok(())
+    }
+
+    /// The key domains, and which of them were looked at.
+    fn domains(&self) -> Vec<CheckedDomain> {
+        let reached = self.access.reached();
+        let statuses = self.core.domain_statuses(Some(&self.access));
+        let checked = statuses.into_iter().map(|status| CheckedDomain {
+            is_checked: reached.contains(&status.domain),
+            status,
+        });
+        checked.collect()
     }
 
     /// Inodes without a name, and without a doubt about it, that may be reclaimed.

@@ -3,6 +3,7 @@
 use super::{Check, Fault};
 use crate::engine::error::Result;
 use crate::engine::format::dirent::{CHAIN_MAX, Dirent, Entry, Place};
+use crate::engine::format::domain::DomainState;
 use crate::engine::format::rowkey::{self, Family, Kind, Table};
 use crate::engine::table::check_new_name;
 use crate::engine::types::{FileKind, Ino};
@@ -65,7 +66,11 @@ impl Check<'_> {
             );
         }
         let Some(child) = self.inodes.get_mut(&entry.ino) else {
-            if !self.damaged.contains(&entry.ino) {
+            // The root of a domain whose keys may not be used.
+            let is_dark = self.access.keys_of(entry.ino.domain()).is_err()
+                && entry.ino == entry.ino.domain().root()
+                && self.is_named_as_root(dir, entry);
+            if !is_dark && !self.damaged.contains(&entry.ino) {
                 let detail = format!("an entry leads to inode {}, which is not there", entry.ino.0);
                 self.found(Fault::Name, Some(dir), detail, None);
             }
@@ -75,6 +80,7 @@ impl Check<'_> {
         child.found.name = child.found.name.or(Some((dir, place)));
         let is_kind_right = child.kind == Some(entry.kind);
         let is_parent_right = entry.kind != FileKind::Directory || child.parent == dir;
+        let is_domain_right = entry.ino.domain() == dir.domain() || self.is_named_as_root(dir, entry);
         if !is_kind_right {
             self.found(
                 Fault::Name,
@@ -82,6 +88,10 @@ impl Check<'_> {
                 name("a name gives it another type"),
                 None,
             );
+        }
+        if !is_domain_right {
+            let detail = name("its key domain's record gives another place or name");
+            self.found(Fault::Name, Some(entry.ino), detail, None);
         }
         if !is_parent_right {
             self.found(
@@ -94,9 +104,17 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// Whether the record of a domain says that its root has this name.
+    fn is_named_as_root(&self, dir: Ino, entry: &Dirent) -> bool {
+        let record = self.core.domains.record(entry.ino.domain());
+        record.is_some_and(|record| {
+            record.state != DomainState::Removed && record.parent == dir && record.name == entry.name
+        })
+    }
+
     /// Whether looking the name up ends at this place: it is of the name's chain, and none before it is empty.
     pub(super) fn is_in_its_chain(&self, table: Table, ino: Ino, place: u64, name: &[u8]) -> Result<bool> {
-        let first = self.access.keys().first_place(table, ino, name)?;
+        let first = self.access.keys_of(ino.domain())?.first_place(table, ino, name)?;
         if place < first || place >= first + CHAIN_MAX {
             return Ok(false);
         }

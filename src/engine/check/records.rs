@@ -12,7 +12,7 @@ use crate::engine::types::{Domain, FileKind, Ino};
 pub(super) const PROGRESS_ROWS: u64 = 10_000;
 
 impl Check<'_> {
-    /// Shows every row of a kind: its inode, its last number and the sealed value.
+    /// Shows every row of a kind, of every domain whose keys may be used: its inode, its last number and the sealed value.
     pub(super) fn each_row(
         &mut self,
         kind: Kind,
@@ -21,20 +21,23 @@ impl Check<'_> {
         mut show: impl FnMut(&mut Self, &[u8], &[u8]) -> Result<()>,
     ) -> Result<()> {
         let core = self.core;
-        let (from, to) = rowkey::all(Domain::FIRST, kind);
         let mut done = 0_u64;
         self.progress(phase, 0, total);
-        let mut shown = Ok(());
-        let scanned = core.store.scan(Family::Meta, &from, &to, |key, sealed| {
-            shown = core.keyring.go_on().and_then(|()| show(self, key, sealed));
-            done += 1;
-            if done.is_multiple_of(PROGRESS_ROWS) {
-                self.progress(phase, done, total);
-            }
-            Ok(shown.is_ok())
-        });
-        self.progress(phase, done, total);
-        shown.and_then(|()| self.tolerate(phase, scanned))
+        for domain in self.access.reached() {
+            let (from, to) = rowkey::all(domain, kind);
+            let mut shown = Ok(());
+            let scanned = core.store.scan(Family::Meta, &from, &to, |key, sealed| {
+                shown = self.access.go_on().and_then(|()| show(self, key, sealed));
+                done += 1;
+                if done.is_multiple_of(PROGRESS_ROWS) {
+                    self.progress(phase, done, total);
+                }
+                Ok(shown.is_ok())
+            });
+            self.progress(phase, done, total);
+            shown.and_then(|()| self.tolerate(phase, scanned))?;
+        }
+        Ok(())
     }
 
     /// A database that is damaged in itself gives no more rows, and the check goes on with what it has.
@@ -91,7 +94,7 @@ impl Check<'_> {
                 found: Found::default(),
             };
             check.inodes.insert(ino, known);
-            if ino.0 >= root.ino_limit {
+            if ino.0 >= check.core.committer.holds(ino.domain()).ino_limit {
                 let detail = "its number has not been given out".to_owned();
                 check.found(Fault::Record, Some(ino), detail, None);
             }
@@ -168,19 +171,26 @@ impl Check<'_> {
             // Nobody can say how many blocks those have.
             return;
         }
-        let root = self.core.committer.root();
-        let found = self.counts.inodes;
-        let counted = self.inodes.values().map(|known| known.blocks).sum();
-        let mut compare = |what: &str, before: u64, after: u64, fix: Fix| {
-            if before != after {
-                let detail = format!("the volume counts {before} {what}, there are {after}");
-                self.found(Fault::Counter, None, detail, Some(fix));
-            }
-        };
-        let (before, after) = (root.inodes, found);
-        compare("inodes", before, after, Fix::Inodes { before, after });
-        let (before, after) = (root.blocks, counted);
-        compare("blocks", before, after, Fix::Blocks { before, after });
-        self.counts.blocks = counted;
+        self.counts.blocks = self.inodes.values().map(|known| known.blocks).sum();
+        for domain in self.access.reached() {
+            let says = self.core.committer.holds(domain);
+            let known = self.inodes.iter().filter(|(ino, _)| ino.domain() == domain);
+            let known = known.map(|(_, known)| known.blocks);
+            let (inodes, blocks) = known.fold((0, 0), |(inodes, sum), blocks| (inodes + 1, sum + blocks));
+            let who = match domain {
+                Domain::FIRST => "the volume".to_owned(),
+                other => format!("key domain {}", other.0),
+            };
+            let mut compare = |what: &str, before: u64, after: u64, fix: Fix| {
+                if before != after {
+                    let detail = format!("{who} counts {before} {what}, there are {after}");
+                    self.found(Fault::Counter, None, detail, Some(fix));
+                }
+            };
+            let (before, after) = (says.inodes, inodes);
+            compare("inodes", before, after, Fix::Inodes(domain, before, after));
+            let (before, after) = (says.blocks, blocks);
+            compare("blocks", before, after, Fix::Blocks(domain, before, after));
+        }
     }
 }

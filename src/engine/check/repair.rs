@@ -1,5 +1,5 @@
 //! Repairing: each in a commit of its own. Nothing here guesses: what is removed belongs to nothing, what is counted was
-//! counted, and what has no name gets one below `/lost+found`.
+//! counted, and what has no name gets one below `lost+found` in the root of its domain.
 
 use super::{Event, Finding};
 use crate::engine::commit::Batch;
@@ -9,7 +9,7 @@ use crate::engine::format::dirent::Dirent;
 use crate::engine::format::rowkey::{self, Family, Table};
 use crate::engine::staged::Staged;
 use crate::engine::table::Search;
-use crate::engine::types::{FileKind, Ino, NewNode};
+use crate::engine::types::{Domain, FileKind, Ino, NewNode};
 
 /// Where what has no name gets one.
 const LOST_AND_FOUND: &[u8] = b"lost+found";
@@ -25,14 +25,26 @@ pub(super) enum Fix {
     /// Runs of the slot file that nothing uses.
     Punch(Ino, Vec<u64>),
     RemoveSlotFile(Ino),
-    Inodes {
-        before: u64,
-        after: u64,
-    },
-    Blocks {
-        before: u64,
-        after: u64,
-    },
+    /// A domain's count of inodes, and what it should be.
+    Inodes(Domain, u64, u64),
+    /// The same of blocks.
+    Blocks(Domain, u64, u64),
+}
+
+impl Fix {
+    /// Whose keys it needs.
+    fn domain(&self) -> Domain {
+        match self {
+            Self::DeleteRow(_, key) => rowkey::domain_of(key).unwrap_or_default(),
+            Self::Counts(ino, _)
+            | Self::Reconnect(ino)
+            | Self::MarkOrphan(ino)
+            | Self::Bitmap(ino, ..)
+            | Self::Punch(ino, _)
+            | Self::RemoveSlotFile(ino) => ino.domain(),
+            Self::Inodes(domain, ..) | Self::Blocks(domain, ..) => *domain,
+        }
+    }
 }
 
 /// Counts of an inode's record that are to be others.
@@ -52,7 +64,7 @@ pub(super) fn repair(core: &Core, findings: &mut [Finding], watch: &mut dyn FnMu
     for counts in [true, false] {
         for finding in findings.iter_mut().filter(|finding| is_count(finding) == counts) {
             let Some(fix) = &finding.fix else { continue };
-            match core.drain()?.apply(fix) {
+            match core.drain(fix.domain()).and_then(|access| access.apply(fix)) {
                 Ok(()) => {
                     finding.problem.is_repaired = true;
                     watch(Event::Repaired(&finding.problem));
@@ -94,11 +106,11 @@ impl Access<'_> {
                 return runs.iter().try_for_each(|run| slots.punch(*run));
             }
             Fix::RemoveSlotFile(ino) => return self.slots.remove(*ino),
-            Fix::Inodes { before, after } => {
+            Fix::Inodes(domain, before, after) => {
                 let delta = i128::from(*after) - i128::from(*before);
-                batch.count_inodes(i64::try_from(delta).unwrap_or(0));
+                batch.count_inodes(*domain, i64::try_from(delta).unwrap_or(0));
             }
-            Fix::Blocks { before, after } => batch.count_blocks(*before, *after),
+            Fix::Blocks(domain, before, after) => batch.count_blocks(*domain, *before, *after),
         }
         self.commit(batch).map(|_| ())
     }
@@ -112,7 +124,7 @@ impl Access<'_> {
         record.children = recount.children.unwrap_or(record.children);
         record.xattrs = recount.xattrs.unwrap_or(record.xattrs);
         if let Some((blocks, runs)) = recount.content {
-            batch.count_blocks(record.content.blocks, blocks);
+            batch.count_blocks(ino.domain(), record.content.blocks, blocks);
             record.content.blocks = blocks;
             record.content.runs = runs;
         }
@@ -125,7 +137,7 @@ impl Access<'_> {
 
     /// Names a lost inode after its number.
     fn reconnect(&self, ino: Ino) -> Result<()> {
-        let dir = self.directory(self.lost_and_found()?)?;
+        let dir = self.directory(self.lost_and_found(ino.domain().root())?)?;
         let node = self.node(ino)?;
         let mut staged = Staged::lock(&[&dir, &node]);
         let name = format!("#{}", ino.0).into_bytes();
@@ -159,19 +171,19 @@ impl Access<'_> {
         staged.commit(self, batch)
     }
 
-    fn lost_and_found(&self) -> Result<Ino> {
+    fn lost_and_found(&self, root: Ino) -> Result<Ino> {
         // Whoever the volume belongs to may look into it.
-        let root = self.attr(Ino::ROOT)?;
+        let owner = self.attr(root)?;
         let dir = NewNode {
             kind: FileKind::Directory,
             perm: 0o700,
             umask: 0,
-            uid: root.uid,
-            gid: root.gid,
+            uid: owner.uid,
+            gid: owner.gid,
             rdev: 0,
         };
-        let made = match self.make(Ino::ROOT, LOST_AND_FOUND, &dir, &[]) {
-            Err(Error::Posix(libc::EEXIST)) => self.lookup(Ino::ROOT, LOST_AND_FOUND)?,
+        let made = match self.make(root, LOST_AND_FOUND, &dir, &[]) {
+            Err(Error::Posix(libc::EEXIST)) => self.lookup(root, LOST_AND_FOUND)?,
             made => made?,
         };
         self.forget(made.ino, 1);

@@ -1,5 +1,6 @@
 //! What a check says.
 
+use crate::engine::domain::DomainStatus;
 use crate::engine::types::Ino;
 
 /// What is wrong.
@@ -94,6 +95,17 @@ pub struct Report {
     pub counts: Counts,
     /// What is wrong with it, in the order in which it was found.
     pub problems: Vec<Problem>,
+    /// The volume's key domains, its own first.
+    pub domains: Vec<CheckedDomain>,
+}
+
+/// A key domain, in a report.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckedDomain {
+    /// What it is. With [`KeyState::Erased`](crate::engine::KeyState) its content is noise, and not to be checked by anybody.
+    pub status: DomainStatus,
+    /// Whether its keys could be used, so that it was looked at.
+    pub is_checked: bool,
 }
 
 impl Report {

@@ -86,7 +86,7 @@ impl Check<'_> {
         })?;
         let mut buffer = vec![0; CHUNK];
         for index in chunks {
-            core.keyring.go_on()?;
+            self.access.go_on()?;
             let first = index.saturating_mul(CHUNK_BLOCKS as u64);
             let state = node.state.read();
             // A damaged record was told.

@@ -3,6 +3,7 @@
 pub(crate) mod chunk;
 pub(crate) mod codec;
 pub(crate) mod dirent;
+pub(crate) mod domain;
 pub(crate) mod inode;
 pub(crate) mod root;
 pub(crate) mod rowkey;

@@ -23,6 +23,10 @@ pub(crate) enum Kind {
     Chunk = b'C',
     Bitmap = b'B',
     Orphan = b'O',
+    /// Of domain 0, about another domain.
+    Domain = b'K',
+    /// Of domain 0, about another domain.
+    Usage = b'U',
 }
 
 /// A chained table of one inode: its directory entries or its extended attributes.
@@ -70,6 +74,27 @@ pub(crate) fn bitmap(ino: Ino, page: u64) -> Vec<u8> {
 
 pub(crate) fn orphan(ino: Ino) -> Vec<u8> {
     key(ino.domain(), Kind::Orphan, &[ino.0])
+}
+
+/// What another domain is. The row belongs to domain 0, and the number is that of the domain it is about.
+pub(crate) fn domain(about: Domain) -> Vec<u8> {
+    key(Domain::FIRST, Kind::Domain, &[about.0.into()])
+}
+
+/// What another domain holds. As [`domain`].
+pub(crate) fn usage(about: Domain) -> Vec<u8> {
+    key(Domain::FIRST, Kind::Usage, &[about.0.into()])
+}
+
+/// The domain that a row belongs to.
+pub(crate) fn domain_of(key: &[u8]) -> Option<Domain> {
+    key.first_chunk().map(|bytes| Domain(u16::from_be_bytes(*bytes)))
+}
+
+/// The range of every row of the family `meta` of a domain.
+pub(crate) fn all_rows(domain: Domain) -> (Vec<u8>, Vec<u8>) {
+    let from = domain.0.to_be_bytes().to_vec();
+    (from.clone(), [from, vec![0xff; 18]].concat())
 }
 
 /// The range of every row of a kind.

@@ -11,6 +11,7 @@ use crate::engine::space::{Limits, Space};
 use crate::engine::store::{Change, Disk, Store};
 use crate::engine::types::Domain;
 use shuttle::rand::{Rng, thread_rng};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -39,6 +40,7 @@ impl World {
         let last = Written {
             root,
             row: Vec::new(),
+            usage: BTreeMap::new(),
         };
         // A host without a single free block, and without ballast.
         let host = Path::new("/proc");
@@ -93,7 +95,7 @@ impl World {
     }
 
     fn reserve(&self, count: u64) {
-        if let Ok(first) = self.committer.reserve_inodes(&self.keys, count) {
+        if let Ok(first) = self.committer.reserve_inodes(&self.keys, Domain::FIRST, count) {
             let disk = self.store.disk();
             let durable = self.root_of(disk.log.get(disk.synced - 1).unwrap());
             assert!(durable.ino_limit >= first + count, "a reservation is not durable");

@@ -3,7 +3,7 @@
 
 use super::{Kms, explore, together};
 use crate::engine::error::Error;
-use crate::engine::keyring::{KeyState, Keyring, Purpose};
+use crate::engine::keyring::{KeyState, Keyring, Purpose, VolumeKey};
 use crate::engine::keys::FileKey;
 use crate::engine::keyservice::KeyService;
 use crate::engine::types::{Domain, Ino};
@@ -130,7 +130,13 @@ fn in_the_dark_nothing_runs_and_no_key_is_left() {
     explore(5000, || {
         let kms = Arc::new(Kms::new());
         let service = Arc::clone(&kms) as Arc<dyn KeyService>;
-        let ring = Arc::new(Keyring::open(service, [1; 16], [2; 32], vec![7; 32], 64).unwrap());
+        let volume_key = VolumeKey {
+            volume: [1; 16],
+            domain: Domain::FIRST,
+            superblock_hash: [2; 32],
+            wrapped: vec![7; 32],
+        };
+        let ring = Arc::new(Keyring::open(service, volume_key, 64).unwrap());
         let watch = Arc::new(Watch {
             phase: Mutex::new(Phase::Live),
             under_way: AtomicUsize::new(0),

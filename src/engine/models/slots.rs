@@ -8,7 +8,7 @@ use crate::engine::format::chunk::{BLOCK, CHUNK, CHUNK_BLOCKS};
 use crate::engine::keyservice::KeyService;
 use crate::engine::open::{Writing, open_core};
 use crate::engine::store::{Disk, Store};
-use crate::engine::types::{Fallocate, FileKind, Ino, NewNode};
+use crate::engine::types::{Domain, Fallocate, FileKind, Ino, NewNode};
 use crate::engine::volume::{CreateParams, Options, Volume};
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread::yield_now;
@@ -162,7 +162,7 @@ impl World {
             match thread_rng().gen_range(0..3) {
                 0 => self.sync(chunk),
                 1 => {
-                    let access = self.volume.core.drain().unwrap();
+                    let access = self.volume.core.drain(Domain::FIRST).unwrap();
                     access.publish(&access.node(self.ino).unwrap()).unwrap();
                 }
                 _ => {}

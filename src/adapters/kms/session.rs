@@ -1,103 +1,92 @@
-//! The engine's [`KeyService`] over a session with kmsd.
+//! A session with kmsd, as the engine's [`KeyService`].
 
-use crate::engine::{Ino, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal};
-use fuse_device::{AbortHandle, FuseDevice};
-use kms_client::{
-    Client, ClientError, Code, Descriptors, EncryptionContext, KeyState, KmsError, Ledger, Session,
+use super::mounting::{Ledgers, MountHandles, Mounting, Ring, Watcher, Watching};
+use super::{connect, is_unknown_session, key_error, refusal_of_blob};
+use crate::engine::{
+    Dependants, Domain, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal,
 };
+use kms_client::{Client, ClientError, EncryptionContext, KeyState, Ledger, Session, Usage};
 use kms_crypto::SecretKey;
 use parking_lot::{Mutex, RwLock};
-use std::os::fd::AsFd;
-use std::path::Path;
-use std::sync::mpsc::{RecvTimeoutError, Sender};
-use std::sync::{Arc, OnceLock};
-use std::thread::JoinHandle;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
-
-/// Longest wait for one call to kmsd: a FUSE request that waits longer is a stuck process.
-const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long the watcher waits before it tries again to watch.
 const WATCH_PAUSE: Duration = Duration::from_millis(200);
 
-/// A session that is opened anew when kmsd was restarted. kmsd knows it by this process: it is opened after the
-/// process has gone to the background.
+/// Who holds keys.
+#[derive(Debug, Clone)]
+pub struct Holder {
+    /// Of kmsd.
+    pub socket: PathBuf,
+    /// The volume's UUID.
+    pub volume: [u8; 16],
+    /// Its directory, for whoever asks kmsd what depends on a key.
+    pub location: PathBuf,
+    /// How long it may take to go dark.
+    pub drain_max: Duration,
+}
+
+/// A session for one key domain, that is opened anew when kmsd was restarted. kmsd knows it by this process: it is opened after
+/// the process has gone to the background.
 pub struct SessionKeys {
     client: Client,
-    volume: [u8; 16],
+    holder: Holder,
+    domain: Domain,
     cmk: String,
-    drain_max: Duration,
     session: RwLock<Arc<Session>>,
     reopening: Mutex<()>,
-    /// What is handed to kmsd with every session, once there is a mount.
-    mount: OnceLock<MountHandles>,
+    mounting: Arc<Mounting>,
+    ledgers: Arc<Ledgers>,
+    /// Of this session.
+    ledger: Arc<Ledger>,
     /// The furthest that kmsd was seen to have come.
     seen: Mutex<Position>,
 }
 
-/// What kmsd needs to drop what the kernel caches of a mount.
-pub struct MountHandles {
-    /// A clone of the FUSE device.
-    pub device: FuseDevice,
-    /// The inodes that the kernel may cache.
-    pub ledger: Arc<Ledger>,
-    /// What ends the connection, where that could be had.
-    pub abort: Option<AbortHandle>,
-    /// Of the mount's anonymous device.
-    pub device_minor: u32,
-}
-
-impl MountHandles {
-    fn descriptors(&self) -> Descriptors<'_> {
-        Descriptors {
-            device: self.device.as_fd(),
-            ledger: self.ledger.as_fd(),
-            abort: self.abort.as_ref().map(AsFd::as_fd),
-            device_minor: self.device_minor,
-        }
-    }
-}
-
-/// Lists inodes where kmsd can read them.
-pub struct SharedLedger(pub Arc<Ledger>);
-
-impl InodeLedger for SharedLedger {
-    fn add(&self, ino: Ino) -> u32 {
-        self.0.add(ino.0)
-    }
-
-    fn remove(&self, place: u32) {
-        self.0.remove(place);
-    }
-}
-
-/// Connects to the kmsd at `socket`.
-///
-/// # Errors
-/// If nothing answers there.
-pub fn connect(socket: &Path) -> Result<Client, KeyError> {
-    Client::connect(socket, CALL_TIMEOUT).map_err(|error| key_error(&error))
-}
-
 impl SessionKeys {
-    /// Opens a session for the volume whose keys `cmk`, an ARN, wraps. `drain_max` is how long it may take to go dark.
+    /// Opens the session for the volume's own domain, whose keys `cmk`, an ARN, wraps.
     ///
     /// # Errors
     /// What kmsd said.
-    pub fn open(client: Client, volume: [u8; 16], cmk: &str, drain_max: Duration) -> Result<Self, KeyError> {
+    pub fn open(holder: Holder, cmk: &str) -> Result<Self, KeyError> {
+        let ledgers = Arc::new(Ledgers::new().map_err(|error| no_ledger(&error))?);
+        Self::open_in(holder, Domain::FIRST, cmk, Arc::default(), ledgers)
+    }
+
+    fn open_in(
+        holder: Holder,
+        domain: Domain,
+        cmk: &str,
+        mounting: Arc<Mounting>,
+        ledgers: Arc<Ledgers>,
+    ) -> Result<Self, KeyError> {
+        // One of its own: what is broken off for one domain goes on for others.
+        let client = connect(&holder.socket)?;
+        let ledger = ledgers.of(domain).map_err(|error| no_ledger(&error))?;
         let session = client
-            .open_session(volume, 0, drain_max)
+            .open_session(holder.volume, domain.0, holder.drain_max)
             .map_err(|error| key_error(&error))?;
         Ok(Self {
             client,
-            volume,
+            holder,
+            domain,
             cmk: cmk.to_owned(),
-            drain_max,
             reopening: Mutex::new(()),
-            mount: OnceLock::new(),
+            mounting,
+            ledgers,
+            ledger,
             seen: Mutex::new(position(session.position())),
             session: RwLock::new(Arc::new(session)),
         })
+    }
+
+    /// Where the inodes that the kernel knows are to be listed.
+    #[must_use]
+    pub fn ledgers(&self) -> Arc<dyn InodeLedger> {
+        Arc::clone(&self.ledgers) as Arc<dyn InodeLedger>
     }
 
     /// Takes in how far kmsd has come, by an answer to what was asked when `before` had been seen.
@@ -114,30 +103,56 @@ impl SessionKeys {
         Ok(())
     }
 
-    /// Hands over, with this session and each that follows it, what kmsd needs to revoke a mount without its help. To be
-    /// called before the mount answers its first request.
+    /// Hands over, with each session of the mount and each that follows one, what kmsd needs to revoke the mount without its help.
+    /// To be called before the mount answers its first request.
     ///
     /// # Errors
     /// kmsd does not take it: it could not keep what it promises of this mount.
-    pub fn attach(&self, mount: MountHandles) -> Result<(), KeyError> {
-        let _no_session_is_opened = self.reopening.lock();
-        let mount = self.mount.get_or_init(|| mount);
-        let session = Arc::clone(&self.session.read());
-        session
-            .attach(&mount.descriptors())
-            .map_err(|error| key_error(&error))
+    pub fn attach(&self, handles: MountHandles) -> Result<(), KeyError> {
+        self.mounting.handles.get_or_init(|| handles);
+        self.hand_over()?;
+        self.mounting.hand_over()
     }
 
-    /// Calls `ring` whenever a key's state may have changed, until the session is closed.
+    /// Hands it over with this session.
+    pub(super) fn hand_over(&self) -> Result<(), KeyError> {
+        let _no_session_is_opened = self.reopening.lock();
+        let session = Arc::clone(&self.session.read());
+        self.hand_over_in(&session).map_err(|error| key_error(&error))
+    }
+
+    fn hand_over_in(&self, session: &Session) -> Result<(), ClientError> {
+        match self.mounting.handles.get() {
+            Some(handles) => session.attach(&handles.descriptors(&self.ledger)),
+            None => Ok(()),
+        }
+    }
+
+    /// Calls `ring` whenever the state of a domain's key may have changed, as long as the answer is kept.
     ///
     /// # Errors
     /// No thread.
-    pub fn watch(self: &Arc<Self>, ring: impl Fn() + Send + 'static) -> std::io::Result<Watcher> {
+    pub fn watch(self: &Arc<Self>, ring: Ring) -> std::io::Result<Watching> {
+        let watching = Watching(Arc::clone(self));
+        self.mounting.watch(self, ring)?;
+        Ok(watching)
+    }
+
+    pub(super) fn end_watching(&self) {
+        self.mounting.stop_watching();
+    }
+
+    pub(super) fn stop_watching(&self) {
+        self.client.stop_watching();
+    }
+
+    pub(super) fn watch_alone(self: &Arc<Self>, ring: Ring) -> std::io::Result<Watcher> {
         let keys = Arc::clone(self);
         let (stop, stopped) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("watch".to_owned())
             .spawn(move || {
+                let ring = || ring(keys.domain);
                 // Until its other end is dropped.
                 while stopped.recv_timeout(WATCH_PAUSE) == Err(RecvTimeoutError::Timeout) {
                     let session = Arc::clone(&keys.session.read());
@@ -159,8 +174,15 @@ impl SessionKeys {
         })
     }
 
-    /// Ends the session: nothing is held any more. The mount is gone by then.
+    /// Ends the sessions of every domain: nothing is held any more. The mount is gone by then.
     pub fn close(&self) {
+        for other in self.mounting.take() {
+            other.close_alone();
+        }
+        self.close_alone();
+    }
+
+    fn close_alone(&self) {
         if let Err(error) = self.session.read().close() {
             // kmsd sees this process end.
             tracing::debug!(%error, "the session was not closed");
@@ -193,11 +215,12 @@ impl SessionKeys {
         }
         let before = *self.seen.lock();
         let open = || {
-            let session = self.client.open_session(self.volume, 0, self.drain_max)?;
+            let Holder {
+                volume, drain_max, ..
+            } = self.holder;
+            let session = self.client.open_session(volume, self.domain.0, drain_max)?;
             // Before anything is asked for in it.
-            if let Some(mount) = self.mount.get() {
-                session.attach(&mount.descriptors())?;
-            }
+            self.hand_over_in(&session)?;
             Ok(session)
         };
         let session = open().map_err(|error: ClientError| key_error(&error))?;
@@ -205,23 +228,6 @@ impl SessionKeys {
         let session = Arc::new(session);
         *self.session.write() = Arc::clone(&session);
         Ok(session)
-    }
-}
-
-/// Watches until it is dropped.
-pub struct Watcher {
-    keys: Arc<SessionKeys>,
-    stop: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Watcher {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        self.keys.client.stop_watching();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread that watches the session panicked");
-        }
     }
 }
 
@@ -270,7 +276,8 @@ impl KeyService for SessionKeys {
             state: match state {
                 KeyState::Enabled => Ok(()),
                 KeyState::Disabled | KeyState::PendingDeletion => Err(KeyError::Revoked),
-                KeyState::PendingImport | KeyState::Destroyed => Err(KeyError::Erased),
+                KeyState::PendingImport => Err(KeyError::Erased),
+                KeyState::Destroyed => Err(KeyError::Destroyed),
             },
         })
     }
@@ -286,6 +293,27 @@ impl KeyService for SessionKeys {
     fn expect(&self, seen: Position) -> Result<(), KeyError> {
         let now = self.position();
         now.follows(&seen).then_some(()).ok_or(KeyError::RolledBack)
+    }
+
+    fn for_domain(&self, domain: Domain, cmk_arn: &str) -> Result<Arc<dyn KeyService>, KeyError> {
+        let (mounting, ledgers) = (Arc::clone(&self.mounting), Arc::clone(&self.ledgers));
+        let session = Self::open_in(self.holder.clone(), domain, cmk_arn, mounting, ledgers)?;
+        self.note(&self.position(), session.session.read().position())?;
+        let session = Arc::new(session);
+        self.mounting.add(Arc::clone(&session))?;
+        Ok(session)
+    }
+
+    fn report(&self, dependants: Dependants) -> Result<(), KeyError> {
+        let usage = Usage {
+            location: &self.holder.location,
+            files: dependants.inodes,
+            bytes: dependants.bytes,
+        };
+        self.call(|session| match dependants.is_removed {
+            true => session.report_removed(&self.cmk),
+            false => session.report_usage(&self.cmk, &usage),
+        })
     }
 
     fn refuse(&self, refusing: bool) {
@@ -314,59 +342,6 @@ fn encryption_context(context: &KeyContext) -> EncryptionContext {
     }
 }
 
-fn is_unknown_session(error: &ClientError) -> bool {
-    matches!(
-        error,
-        ClientError::Kms(KmsError {
-            code: Code::SessionNotFound,
-            ..
-        })
-    )
-}
-
-fn key_error(error: &ClientError) -> KeyError {
-    match error {
-        ClientError::Unreachable(message) => KeyError::Unreachable(message.clone()),
-        ClientError::Kms(error) => refusal(error),
-        other => KeyError::Other(other.to_string()),
-    }
-}
-
-/// What it means that kmsd did not open a blob: as a parameter, the blob or its context is wrong.
-fn refusal_of_blob(error: &KmsError) -> KeyError {
-    if error.code == Code::InvalidParameter {
-        KeyError::BadBlob
-    } else {
-        refusal(error)
-    }
-}
-
-/// What an answer of kmsd means to the engine.
-fn refusal(error: &KmsError) -> KeyError {
-    match error.code {
-        Code::Disabled | Code::PendingDeletion => KeyError::Revoked,
-        Code::KeyNotFound | Code::PendingImport => KeyError::Erased,
-        Code::NoPermission => KeyError::Denied,
-        Code::ServiceUnavailable | Code::Throttling => KeyError::Unreachable(error.to_string()),
-        _ => KeyError::Other(error.to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_answer_of_the_kms_has_its_meaning() {
-        let meaning = |code| refusal(&KmsError::new(code, "why"));
-        assert_eq!(meaning(Code::Disabled), KeyError::Revoked);
-        assert_eq!(meaning(Code::PendingDeletion), KeyError::Revoked);
-        assert_eq!(meaning(Code::KeyNotFound), KeyError::Erased);
-        assert_eq!(meaning(Code::NoPermission), KeyError::Denied);
-        assert!(matches!(
-            meaning(Code::ServiceUnavailable),
-            KeyError::Unreachable(_)
-        ));
-        assert!(matches!(meaning(Code::InvalidParameter), KeyError::Other(_)));
-    }
+fn no_ledger(error: &std::io::Error) -> KeyError {
+    KeyError::Other(format!("no memory to list inodes in: {error}"))
 }
