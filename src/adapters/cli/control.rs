@@ -87,7 +87,8 @@ impl Name {
         let digits = words.next()?.as_bytes();
         let bytes = digits.chunks(2).map(|pair| {
             let pair = std::str::from_utf8(pair).ok()?;
-            u8::from_str_radix(pair, 16).ok().filter(|_| pair.len() == 2)
+            let is_digits = pair.len() == 2 && pair.bytes().all(|digit| digit.is_ascii_hexdigit());
+            is_digits.then(|| u8::from_str_radix(pair, 16).ok())?
         });
         Some(Self {
             parent,
