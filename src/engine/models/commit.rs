@@ -64,7 +64,7 @@ impl World {
         let was_poisoned = self.is_poisoned();
         let mut batch = Batch::default();
         batch.put(Family::Meta, name.clone(), Vec::new());
-        batch.count_inodes(1);
+        batch.count_inodes(Domain::FIRST, 1);
         let outcome = self.committer.commit(&self.keys, batch);
         if let Ok(seq) = outcome {
             assert!(!was_poisoned, "a commit succeeds after the log failed");
