@@ -221,7 +221,8 @@ impl Core {
             wrapped: wrapped.clone(),
             ..volume_key
         };
-        let keyring = Keyring::dark(service, volume_key, self.options.dek_cache_entries_max);
+        let files_max = self.options.dek_cache_entries_max;
+        let keyring = Keyring::lit(service, volume_key, Arc::clone(&keys), files_max);
         let asked = self.clock.monotonic();
         let renewal = keyring.renew(RENEWAL_MAX).map_err(refused)?;
         renewal.state.map_err(refused)?;
@@ -237,10 +238,9 @@ impl Core {
             wrapped_vk: wrapped,
         };
         access
-            .reach_new(Arc::clone(&keys))
+            .reach_new(keys)
             .begin_domain(&site, name, domain, &record)?;
         let committed = self.committer.committed();
-        keyring.light(keys);
         let made = KeyDomain::new(domain, keyring, self.options.dek_prefetch, Some(lease));
         made.begin_orphans();
         self.domains.add(made, record);

@@ -146,11 +146,29 @@ pub(crate) struct Keyring {
 impl Keyring {
     /// A keyring without a key, until it is lit. Files' keys are cached up to `files_max`.
     pub(crate) fn dark(service: Arc<dyn KeyService>, volume_key: VolumeKey, files_max: usize) -> Self {
-        let per_shard = NonZeroUsize::new(files_max / CACHE_SHARDS).unwrap_or(NonZeroUsize::MIN);
         let gate = Gate {
             state: KeyState::Revoked,
             keys: None,
         };
+        Self::with_gate(service, volume_key, gate, files_max)
+    }
+
+    /// A keyring with keys that are there.
+    pub(crate) fn lit(
+        service: Arc<dyn KeyService>,
+        volume_key: VolumeKey,
+        keys: Arc<DomainKeys>,
+        files_max: usize,
+    ) -> Self {
+        let gate = Gate {
+            state: KeyState::Live,
+            keys: Some(keys),
+        };
+        Self::with_gate(service, volume_key, gate, files_max)
+    }
+
+    fn with_gate(service: Arc<dyn KeyService>, volume_key: VolumeKey, gate: Gate, files_max: usize) -> Self {
+        let per_shard = NonZeroUsize::new(files_max / CACHE_SHARDS).unwrap_or(NonZeroUsize::MIN);
         Self {
             service,
             gate: RwLock::numbered(volume_key.domain.0.into(), gate),
@@ -312,15 +330,10 @@ impl Keyring {
             .unwrap_or(Err(KeyError::Other("no answer for the volume key".to_owned())))?;
         let keys =
             DomainKeys::new(&vk, volume, domain).map_err(|error| KeyError::Other(error.to_string()))?;
-        self.light(Arc::new(keys));
-        Ok(())
-    }
-
-    /// Dark -> Live with keys that are there.
-    pub(crate) fn light(&self, keys: Arc<DomainKeys>) {
         let mut gate = self.gate.write();
-        gate.keys = Some(keys);
+        gate.keys = Some(Arc::new(keys));
         gate.state = KeyState::Live;
+        Ok(())
     }
 
     /// The key of a file, if it is in memory.
