@@ -64,6 +64,14 @@ impl Error {
         matches!(self, Self::Corrupt { .. } | Self::Storage { .. } | Self::Poisoned)
     }
 
+    /// Whether it is the key that is lacking.
+    pub(crate) fn is_of_key(&self) -> bool {
+        matches!(
+            self,
+            Self::KeyRevoked | Self::KeyErased | Self::KeyDenied | Self::KeyUnavailable
+        )
+    }
+
     /// Whether the host had no room.
     pub(crate) fn is_no_room(&self) -> bool {
         matches!(self.errno(), libc::ENOSPC | libc::EDQUOT)

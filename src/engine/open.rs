@@ -25,7 +25,7 @@ use super::store::{Mode, Store};
 use super::sweep::{self, Sweep};
 use super::sync::Mutex;
 use super::types::{Domain, FileKind, Ino, NewNode};
-use super::upkeep::{self, Threads};
+use super::upkeep::{self, Background, Threads};
 use super::volume::{Options, Volume};
 use super::watch::{Lease, RENEWAL_MAX};
 use rustix::fs::FlockOperation;
@@ -36,7 +36,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::JoinHandle;
 
 const SUPERBLOCK: &str = "superblock";
 const META: &str = "meta";
@@ -193,14 +192,14 @@ impl Volume {
     ) -> std::result::Result<Arc<Self>, OpenError> {
         let opened = open_core(dir, options, keys, clock, Writing::Allowed)?;
         let core = Arc::clone(&opened.core);
-        let threads = upkeep::start(opened, Threads::All)?;
-        Ok(Arc::new(Self::with_threads(core, threads)))
+        let background = upkeep::start(opened, Threads::All)?;
+        Ok(Arc::new(Self::with_background(core, background)))
     }
 
-    pub(crate) fn with_threads(core: Arc<Core>, threads: Vec<JoinHandle<()>>) -> Self {
+    pub(crate) fn with_background(core: Arc<Core>, background: Background) -> Self {
         Self {
             core,
-            threads: Mutex::new(threads),
+            background: Mutex::new(background),
             closed: AtomicBool::new(false),
         }
     }

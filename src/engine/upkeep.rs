@@ -38,8 +38,16 @@ pub(crate) enum Threads {
     KeysAlone,
 }
 
+/// The threads of an open volume.
+#[derive(Default)]
+pub(crate) struct Background {
+    /// Those that watch the keys, to the end: a volume that is being put away can be revoked, too.
+    pub(crate) watches: Vec<JoinHandle<()>>,
+    pub(crate) work: Vec<JoinHandle<()>>,
+}
+
 /// Starts the threads. Each holds the core until it is stopped.
-pub(crate) fn start(opened: Opened, which: Threads) -> Result<Vec<JoinHandle<()>>> {
+pub(crate) fn start(opened: Opened, which: Threads) -> Result<Background> {
     let Opened { core, jobs, sweep } = opened;
     let spawn = |name: &str, work: Box<dyn FnOnce(Arc<Core>) + Send>| {
         let core = Arc::clone(&core);
@@ -49,19 +57,19 @@ pub(crate) fn start(opened: Opened, which: Threads) -> Result<Vec<JoinHandle<()>
             .map_err(|error| Error::io("start a thread", &error))
     };
     let watched = core.domains.all().map(|domain| spawn_watch(&core, domain.id));
-    let mut threads = watched.collect::<Result<Vec<_>>>()?;
-    if which == Threads::KeysAlone {
-        return Ok(threads);
-    }
-    threads.push(spawn("fetch", Box::new(move |core| fetch(&core, &jobs)))?);
-    if !core.options.read_only {
-        threads.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
-        threads.push(spawn("compact", Box::new(|core| compact(&core)))?);
-        if let Some(sweep) = sweep {
-            threads.push(spawn("sweep", Box::new(move |core| core.sweep(&sweep)))?);
+    let watches = watched.collect::<Result<Vec<_>>>()?;
+    let mut work = Vec::new();
+    if which == Threads::All {
+        work.push(spawn("fetch", Box::new(move |core| fetch(&core, &jobs)))?);
+        if !core.options.read_only {
+            work.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
+            work.push(spawn("compact", Box::new(|core| compact(&core)))?);
+            if let Some(sweep) = sweep {
+                work.push(spawn("sweep", Box::new(move |core| core.sweep(&sweep)))?);
+            }
         }
     }
-    Ok(threads)
+    Ok(Background { watches, work })
 }
 
 fn keep_up(core: &Core) {
@@ -132,12 +140,11 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
 }
 
 pub(crate) fn log_failure(what: &str, error: &Error) {
-    match error {
-        // The key's state is told where it changes.
-        Error::KeyRevoked | Error::KeyErased | Error::KeyDenied | Error::KeyUnavailable => {
-            tracing::debug!(%error, "{what} waits for the key");
-        }
-        _ => tracing::error!(%error, "{what} failed"),
+    // The key's state is told where it changes.
+    if error.is_of_key() {
+        tracing::debug!(%error, "{what} waits for the key");
+    } else {
+        tracing::error!(%error, "{what} failed");
     }
 }
 

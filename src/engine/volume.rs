@@ -11,6 +11,7 @@ use super::types::{
     Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, RenameFlags, Seek, SetAttr,
     SetXattr, StatFs, Taken,
 };
+use super::upkeep::Background;
 use super::watch::spawn_watch;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,7 +93,7 @@ pub struct Status {
 /// ESTALE for an inode that does not exist, and with [`Error::Corrupt`] when storage holds what was not written.
 pub struct Volume {
     pub(super) core: Arc<Core>,
-    pub(super) threads: Mutex<Vec<JoinHandle<()>>, rank::Threads>,
+    pub(super) background: Mutex<Background, rank::Threads>,
     pub(super) closed: AtomicBool,
 }
 
@@ -130,7 +131,7 @@ impl Volume {
         self.forget_name(parent, name);
         let watched = spawn_watch(&self.core, domain);
         let watched = watched.inspect_err(|_| self.core.shut_unwatched(domain))?;
-        self.threads.lock().push(watched);
+        self.background.lock().watches.push(watched);
         Ok(domain)
     }
 
@@ -173,33 +174,36 @@ impl Volume {
         if self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        self.stop_threads();
+        self.stop_work();
         self.core.forget_all();
-        if self.core.options.read_only {
-            return Ok(());
-        }
-        self.core.put_away()?;
-        match self.core.is_unswept.load(Ordering::Acquire) {
+        let put_away = match self.core.options.read_only {
+            true => Ok(()),
+            false => self.core.put_away(),
+        };
+        self.stop_watches();
+        put_away?;
+        match self.core.options.read_only || self.core.is_unswept.load(Ordering::Acquire) {
             true => Ok(()),
             false => sweep::end(&self.core.dir),
         }
     }
 
-    fn stop_threads(&self) {
+    fn stop_work(&self) {
         self.core.upkeep_bell.stop();
         self.core.compact_bell.stop();
+        let work = std::mem::take(&mut self.background.lock().work);
+        if !work.is_empty() && self.core.fetches.send(Fetch::Stop).is_err() {
+            tracing::debug!("the fetching thread has ended before");
+        }
+        join(work);
+    }
+
+    fn stop_watches(&self) {
         for domain in self.core.domains.all() {
             domain.bell.stop();
         }
-        let threads = std::mem::take(&mut *self.threads.lock());
-        if !threads.is_empty() && self.core.fetches.send(Fetch::Stop).is_err() {
-            tracing::debug!("the fetching thread has ended before");
-        }
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!("a background thread panicked");
-            }
-        }
+        let watches = std::mem::take(&mut self.background.lock().watches);
+        join(watches);
         assert_unbroken();
     }
 
@@ -559,16 +563,21 @@ impl Volume {
 
 impl Drop for Volume {
     fn drop(&mut self) {
-        self.stop_threads();
+        self.stop_work();
+        self.stop_watches();
     }
 }
 
 impl Core {
-    /// An orderly end. While dark there is nothing in memory that storage does not hold.
+    /// An orderly end. While dark there is nothing in memory that storage does not hold, or what was lost was said to be.
     pub(super) fn put_away(&self) -> Result<()> {
-        if self.domains.first().keyring.state() != KeyState::Live {
-            return self.committer.sync_to(self.committer.committed());
+        match self.put_away_live() {
+            Err(error) if error.is_of_key() => self.committer.sync_to(self.committer.committed()),
+            put_away => put_away,
         }
+    }
+
+    fn put_away_live(&self) -> Result<()> {
         // Everything is stored with the first; the rest is order, which on a full host waits for another mount.
         let mut outcome = self.publish_all();
         let drained = self.for_active(|access, node| {
@@ -588,6 +597,14 @@ impl Core {
         }
         // The log stays, and is durable.
         outcome.and(unless_full("a flush", self.store.flush()))
+    }
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    for thread in threads {
+        if thread.join().is_err() {
+            tracing::error!("a background thread panicked");
+        }
     }
 }
 

@@ -67,6 +67,26 @@ fn a_disabled_key_darkens_the_volume_and_an_enabled_one_brings_everything_back()
     volume.close().unwrap();
 }
 
+/// Closing may take long, and whoever revokes meanwhile is waiting for this.
+#[test]
+fn a_volume_that_is_revoked_while_it_is_closed_goes_dark_says_so_and_has_stored_everything() {
+    let fixture = Fixture::new();
+    let volume = fixture.open();
+    let file = volume.make(Ino::ROOT, b"file", &FILE).unwrap().ino;
+    volume.write(file, 0, &noise(8, 300_000)).unwrap();
+    fixture.kms.at_position(|kms| {
+        kms.set(Answer::Disabled);
+        eventually(|| kms.is_refusing());
+    });
+    volume.close().unwrap();
+    assert_eq!(fixture.kms.acknowledged(), 1);
+    assert_eq!(volume.status().key_state, KeyState::Revoked);
+    drop(volume);
+    fixture.kms.set(Answer::Enabled);
+    let volume = fixture.open();
+    assert_eq!(content(&volume, file).unwrap(), noise(8, 300_000));
+}
+
 /// What comes when the time to drain is over is refused, and no later fsync claims that it was stored.
 #[test]
 fn what_comes_too_late_is_lost_and_said_to_be() {

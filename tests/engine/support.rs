@@ -26,6 +26,8 @@ pub enum Answer {
     Panic,
 }
 
+type Hook = Box<dyn FnOnce(&FakeKms) + Send>;
+
 /// Wraps keys as a KMS does: sealed under a key of its own, bound to their context.
 pub struct FakeKms {
     sealer: Sealer,
@@ -40,6 +42,7 @@ pub struct FakeKms {
     seed: u8,
     reported: Mutex<Option<Dependants>>,
     others: Mutex<BTreeMap<Domain, Arc<FakeKms>>>,
+    at_position: Mutex<Option<Hook>>,
 }
 
 impl FakeKms {
@@ -64,6 +67,7 @@ impl FakeKms {
             seed,
             reported: Mutex::default(),
             others: Mutex::default(),
+            at_position: Mutex::default(),
         }
     }
 
@@ -88,6 +92,16 @@ impl FakeKms {
         let mut others = self.others.lock().unwrap();
         let new = || Arc::new(Self::new(self.seed.wrapping_add(domain.0 as u8)));
         Arc::clone(others.entry(domain).or_insert_with(new))
+    }
+
+    /// Has something done when it is next asked how far it has come, as it is whenever the seal file is written.
+    pub fn at_position(&self, hook: impl FnOnce(&Self) + Send + 'static) {
+        *self.at_position.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// Whether somebody waits for those who wait for it.
+    pub fn is_refusing(&self) -> bool {
+        self.is_refusing.load(Ordering::SeqCst)
     }
 
     /// What it was told last that depends on the key.
@@ -194,6 +208,10 @@ impl KeyService for FakeKms {
     }
 
     fn position(&self) -> Position {
+        let hook = self.at_position.lock().unwrap().take();
+        if let Some(hook) = hook {
+            hook(self);
+        }
         Position {
             keystore: [7; 16],
             epoch: 1,

@@ -9,16 +9,41 @@ use fuse_device::{Found, FuseDevice};
 use fuser::{Errno, ReplyLseek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 /// Searches for data or holes that may wait to be laundered.
 const LAUNDRY_MAX: usize = 256;
 
+/// Inodes whose pages are dropped at once. Fewer than there are loops, which answer the write-backs.
+const PURGERS: usize = 8;
+
 /// Drops what the kernel caches when the volume goes dark.
 pub(super) struct Purger {
     pub(super) device: Arc<FuseDevice>,
     pub(super) residue: Arc<Residue>,
+}
+
+impl Purger {
+    /// Several inodes at once: a dirty one waits for its write-back.
+    fn drop_pages(&self, inodes: &[Ino]) {
+        let next = AtomicUsize::new(0);
+        let drop_some = || {
+            while let Some(ino) = inodes.get(next.fetch_add(1, Ordering::Relaxed)) {
+                log_failure(*ino, self.device.drop_pages(ino.0));
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..PURGERS.min(inodes.len()) {
+                // A host that gives no more threads has it done by this one.
+                if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, drop_some) {
+                    tracing::debug!(%error, "no thread to purge with");
+                }
+            }
+            drop_some();
+        });
+    }
 }
 
 impl CacheObserver for Purger {
@@ -27,9 +52,7 @@ impl CacheObserver for Purger {
         for ino in inodes {
             log_failure(*ino, self.device.expire_attributes(ino.0));
         }
-        for ino in inodes {
-            log_failure(*ino, self.device.drop_pages(ino.0));
-        }
+        self.drop_pages(inodes);
         match self.device.drop_names() {
             Ok(true) => {}
             Ok(false) => {

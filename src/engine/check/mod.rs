@@ -61,8 +61,8 @@ impl Volume {
         let opened = open_core(dir, engine, keys, clock, writing)?;
         let core = Arc::clone(&opened.core);
         // A check may outlast the lease by hours; and a key that is revoked meanwhile ends it.
-        let threads = upkeep::start(opened, Threads::KeysAlone)?;
-        let volume = Self::with_threads(Arc::clone(&core), threads);
+        let background = upkeep::start(opened, Threads::KeysAlone)?;
+        let volume = Self::with_background(Arc::clone(&core), background);
         let outcome = run(&core, options, watch);
         let closed = volume.close();
         let mut report = outcome?;
