@@ -40,6 +40,7 @@ need_command git git
 need_command fusermount3 fuse3
 need_command jq jq
 need_command setfacl acl
+need_command strace strace
 have_libclang || missing+=(libclang-dev)
 
 if [[ "$with" == *--accept* ]]; then

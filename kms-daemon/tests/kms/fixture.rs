@@ -7,6 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -212,6 +213,44 @@ impl Kms {
 
     pub fn verify(&self) -> Result<Value, String> {
         self.ctl(&["audit", "verify", "--home", self.home().to_str().unwrap()])
+    }
+}
+
+#[allow(dead_code, reason = "not every target has the daemon killed by others")]
+impl Kms {
+    /// Serves the keystore by a command that is prepared.
+    pub fn serve_by(&mut self, prepare: impl FnOnce(Command) -> Command) {
+        self.start_daemon(prepare(self.command(&[])));
+    }
+
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.daemon.as_ref().unwrap().id()
+    }
+
+    /// Whether the daemon has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.daemon.as_mut().unwrap().try_wait().unwrap().is_some()
+    }
+
+    /// Waits until the daemon has ended by SIGKILL, which others sent.
+    pub fn killed(&mut self) {
+        let status = self.daemon.take().unwrap().wait().unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "{status}");
+    }
+
+    /// Serves the keystore until the ready line, or until others kill the daemon before; whether it was the former.
+    pub fn serve_or_be_killed(&mut self, prepare: impl FnOnce(Command) -> Command) -> bool {
+        let mut command = prepare(self.command(&[]));
+        let mut daemon = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        let mut out = BufReader::new(daemon.stdout.take().unwrap());
+        out.read_line(&mut line).unwrap();
+        self.daemon = Some(daemon);
+        if line.is_empty() {
+            self.killed();
+        }
+        !line.is_empty()
     }
 }
 
