@@ -106,6 +106,45 @@ fn a_session_closed_while_its_mount_is_there_is_a_holder_until_that_is_gone() {
     assert!(engine.register(&session, &BTreeSet::from([key])).is_err());
 }
 
+/// A mount that stays, and whose pages the kernel drops.
+struct Willing;
+
+impl Reach for Willing {
+    fn invalidate(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn abort(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn is_gone(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_key_domain_that_is_given_up_holds_nothing_and_ends_no_mount() {
+    let home = tempfile::tempdir().unwrap();
+    let engine = engine(home.path());
+    let key = create(&engine);
+    let of_domain = Facts { domain: 3, ..facts() };
+    let mounts: [Arc<dyn Reach>; 2] = [Arc::new(Willing), Arc::new(Stubborn)];
+    for (number, mount) in (1..).zip(mounts) {
+        let process = Arc::new(Mortal::default());
+        let session = open_as(&engine, [number; 16], Arc::clone(&process), of_domain.clone());
+        engine.register(&session, &BTreeSet::from([key])).unwrap();
+        engine
+            .attach((OWNER.uid, OWNER.pid), &session.id, MINOR, mount)
+            .unwrap();
+        engine.close_session(&owners_call(), &session.id).unwrap();
+        assert!(!process.has_exited());
+        // What the kernel does not drop, a revocation has to see to.
+        assert_eq!(session.is_over(), number == 1);
+        assert_eq!(engine.sessions.holders(Some(key)).len(), usize::from(number) - 1);
+    }
+}
+
 /// The descriptors of a mount that is gone. While they say so, others are attached to the session.
 struct Parting {
     engine: Weak<Engine>,

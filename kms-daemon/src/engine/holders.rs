@@ -187,10 +187,15 @@ impl Engine {
     }
 
     /// Ends a session whose mount is gone, as its process says. Where the kernel may cache something still, that word is not
-    /// enough, since a connection can end before the mount does (umount -f): the end of the process ends the session.
+    /// enough, since a connection can end before the mount does (umount -f): the end of the process ends the session. A key domain
+    /// that is given up is one that the mount has let go of, as when it acknowledges: what the kernel caches of it is dropped.
     pub(super) fn closed(&self, session: &Session) {
+        let is_given_up = session.facts.domain != 0 && {
+            self.sessions.acknowledge(session, u64::MAX);
+            bounded(session.mount(), |reach| reach.invalidate())
+        };
         let _row = session.row.lock();
-        if cache_of(session) == Cache::Nothing {
+        if is_given_up || cache_of(session) == Cache::Nothing {
             self.end_session(session);
         } else {
             tracing::info!(holder = %describe(session), "a closed session waits for its process to end, since its mount is there");
