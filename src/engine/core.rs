@@ -8,10 +8,11 @@ use super::clock::Clock;
 use super::commit::{Batch, Committer, Seq};
 use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};
+use super::filekeys::FileKeys;
 use super::format::inode::InodeRecord;
 use super::format::root::SealRecord;
 use super::format::rowkey::{self, Family};
-use super::keyring::{Admission, Purpose};
+use super::keyring::{Admission, KeyState, Purpose};
 use super::keys::DomainKeys;
 use super::keyservice::CacheObserver;
 use super::node::{Node, NodeTable};
@@ -29,7 +30,7 @@ use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{SyncSender, TrySendError};
 
 /// What the records of something new take of the host, generously, in bytes.
 const RECORDS_BYTES: usize = 4096;
@@ -42,6 +43,8 @@ pub(crate) struct Core {
     pub(crate) space: Arc<Space>,
     pub(crate) committer: Committer,
     pub(crate) domains: Domains,
+    /// The keys of files, of every domain.
+    pub(crate) file_keys: Arc<FileKeys>,
     pub(crate) slots: Slots,
     pub(crate) nodes: NodeTable,
     pub(crate) chunks: ChunkCache,
@@ -61,6 +64,8 @@ pub(crate) struct Core {
     pub(crate) upkeep_bell: Bell,
     /// Whether the host ran low, and what was deleted has not been given back to it since.
     pub(crate) is_compaction_due: AtomicBool,
+    /// Wakes the thread that ends key domains.
+    pub(crate) domains_bell: Bell,
     /// Wakes the thread that compacts.
     pub(crate) compact_bell: Bell,
     /// Work for the thread that fetches keys ahead of their use.
@@ -161,6 +166,12 @@ impl Core {
         }
     }
 
+    /// Whether the keys of a domain that is open may not be used.
+    pub(crate) fn is_dark(&self, domain: Domain) -> bool {
+        let found = self.domains.get(domain);
+        found.is_ok_and(|domain| domain.keyring.state() != KeyState::Live)
+    }
+
     /// Takes room on the host for `bytes`, and says how much there was.
     pub(crate) fn take_room(&self, bytes: usize) -> Result<Room> {
         self.space.take(bytes as u64, self.active.pending_bytes())
@@ -183,8 +194,15 @@ impl Core {
 
     /// Hands a job to the fetching thread; with its queue full the keys are fetched when they are needed.
     pub(crate) fn fetch_ahead(&self, job: Fetch) {
-        if let Err(error) = self.fetches.try_send(job) {
-            tracing::debug!(%error, "no key is fetched ahead");
+        let Err(error) = self.fetches.try_send(job) else {
+            return;
+        };
+        tracing::debug!(%error, "no key is fetched ahead");
+        let (TrySendError::Full(job) | TrySendError::Disconnected(job)) = error;
+        if let Fetch::Nursery(domain) = job
+            && let Ok(domain) = self.domains.get(domain)
+        {
+            domain.nursery.note_heard();
         }
     }
 }

@@ -66,12 +66,21 @@ impl KeyDomain {
 
 type Part = Box<[OnceLock<Box<KeyDomain>>]>;
 
+/// What is known of a domain without any key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) state: DomainState,
+    /// Whether an entry leads to its root.
+    pub(crate) is_named: bool,
+}
+
 /// The domains of an open volume. One that is there stays in memory until the volume is closed.
 pub(crate) struct Domains {
     first: KeyDomain,
     others: Box<[OnceLock<Part>]>,
-    /// What the volume says of the others, those included that are removed or erased.
-    records: RwLock<BTreeMap<Domain, DomainRecord>, rank::Domains>,
+    /// The others, those included that are removed or erased. What else the volume says of them is the first domain's, and goes
+    /// with its keys.
+    known: RwLock<BTreeMap<Domain, Known>, rank::Domains>,
     /// Held by whoever makes one.
     pub(crate) making: Mutex<(), rank::NewDomain>,
 }
@@ -81,7 +90,7 @@ impl Domains {
         Self {
             first,
             others: (0..PART).map(|_| OnceLock::new()).collect(),
-            records: RwLock::new(BTreeMap::new()),
+            known: RwLock::new(BTreeMap::new()),
             making: Mutex::new(()),
         }
     }
@@ -104,13 +113,12 @@ impl Domains {
         if domain == Domain::FIRST {
             return Ok(&self.first);
         }
-        let is_erased = |record: &DomainRecord| record.state == DomainState::Erased;
         if let Some(found) = self.place(domain).and_then(OnceLock::get) {
             return Ok(found);
         }
-        match self.records.read().get(&domain).is_some_and(is_erased) {
-            true => Err(Error::KeyErased),
-            false => Err(Error::Posix(libc::ESTALE)),
+        match self.known(domain).map(|known| known.state) {
+            Some(DomainState::Erased) => Err(Error::KeyErased),
+            _ => Err(Error::Posix(libc::ESTALE)),
         }
     }
 
@@ -133,11 +141,11 @@ impl Domains {
 
     /// Whether there was never another than the first.
     pub(crate) fn is_single(&self) -> bool {
-        self.records.read().is_empty()
+        self.known.read().is_empty()
     }
 
     /// Adds a domain whose record is committed.
-    pub(crate) fn add(&self, domain: KeyDomain, record: DomainRecord) {
+    pub(crate) fn add(&self, domain: KeyDomain, record: &DomainRecord) {
         let id = domain.id;
         if let Some(place) = self.place(id) {
             // A number is given out once.
@@ -146,25 +154,29 @@ impl Domains {
         self.note(id, record);
     }
 
-    /// What the volume says of a domain.
-    pub(crate) fn record(&self, domain: Domain) -> Option<DomainRecord> {
-        self.records.read().get(&domain).cloned()
+    /// What is known of a domain but the first.
+    pub(crate) fn known(&self, domain: Domain) -> Option<Known> {
+        self.known.read().get(&domain).copied()
     }
 
-    /// What it says of all but the first.
-    pub(crate) fn records(&self) -> Vec<(Domain, DomainRecord)> {
-        let records = self.records.read();
-        records.iter().map(|(id, record)| (*id, record.clone())).collect()
+    /// The same of all of them.
+    pub(crate) fn all_known(&self) -> Vec<(Domain, Known)> {
+        let known = self.known.read();
+        known.iter().map(|(id, known)| (*id, *known)).collect()
     }
 
     /// Notes a record that is committed.
-    pub(crate) fn note(&self, domain: Domain, record: DomainRecord) {
-        self.records.write().insert(domain, record);
+    pub(crate) fn note(&self, domain: Domain, record: &DomainRecord) {
+        let known = Known {
+            state: record.state,
+            is_named: !record.name.is_empty(),
+        };
+        self.known.write().insert(domain, known);
     }
 
     /// A number that was never given out. To be called with `making` held.
     pub(crate) fn next(&self) -> Result<Domain> {
-        let last = self.records.read().keys().next_back().map_or(0, |last| last.0);
+        let last = self.known.read().keys().next_back().map_or(0, |last| last.0);
         last.checked_add(1).map(Domain).ok_or(Error::Posix(libc::ENOSPC))
     }
 }

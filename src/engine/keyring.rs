@@ -5,20 +5,18 @@
 //! reading; a change of state takes it for writing, which is the barrier that ends all operations begun before.
 
 use super::error::{Error, Result};
+use super::filekeys::FileKeys;
 use super::keys::{DomainKeys, FileKey};
 use super::keyservice::{KeyContext, KeyError, KeyService, Position, Renewal};
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::sync::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard, before_call_to_kms, rank};
 use super::types::{Domain, Ino};
 use kms_crypto::SecretKey;
-use lru::LruCache;
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Most keys in one call to the KMS.
 pub(crate) const KEYS_PER_CALL_MAX: usize = 256;
-const CACHE_SHARDS: usize = 16;
 
 /// Whether a domain's keys may be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,24 +131,27 @@ pub(crate) struct Keyring {
     service: Arc<dyn KeyService>,
     volume_key: VolumeKey,
     gate: RwLock<Gate, rank::Gate>,
+    /// It is going dark: nothing that begins is served, and none of it waits for the gate, which may be shut for as long as
+    /// storing takes.
+    is_leaving: AtomicBool,
     /// Somebody waits for the operations under way to end.
     closing: AtomicBool,
     /// How many do.
     closers: Mutex<usize, rank::Closing>,
     /// The time for what was accepted before is over.
     is_drain_over: AtomicBool,
-    files: Vec<Mutex<LruCache<Ino, Arc<FileKey>>, rank::FileKeys>>,
+    files: Arc<FileKeys>,
     calls: AtomicU64,
 }
 
 impl Keyring {
-    /// A keyring without a key, until it is lit. Files' keys are cached up to `files_max`.
-    pub(crate) fn dark(service: Arc<dyn KeyService>, volume_key: VolumeKey, files_max: usize) -> Self {
+    /// A keyring without a key, until it is lit. Files' keys are kept in `files`.
+    pub(crate) fn dark(service: Arc<dyn KeyService>, volume_key: VolumeKey, files: Arc<FileKeys>) -> Self {
         let gate = Gate {
             state: KeyState::Revoked,
             keys: None,
         };
-        Self::with_gate(service, volume_key, gate, files_max)
+        Self::with_gate(service, volume_key, gate, files)
     }
 
     /// A keyring with keys that are there.
@@ -158,38 +159,41 @@ impl Keyring {
         service: Arc<dyn KeyService>,
         volume_key: VolumeKey,
         keys: Arc<DomainKeys>,
-        files_max: usize,
+        files: Arc<FileKeys>,
     ) -> Self {
         let gate = Gate {
             state: KeyState::Live,
             keys: Some(keys),
         };
-        Self::with_gate(service, volume_key, gate, files_max)
+        Self::with_gate(service, volume_key, gate, files)
     }
 
-    fn with_gate(service: Arc<dyn KeyService>, volume_key: VolumeKey, gate: Gate, files_max: usize) -> Self {
-        let per_shard = NonZeroUsize::new(files_max / CACHE_SHARDS).unwrap_or(NonZeroUsize::MIN);
+    fn with_gate(
+        service: Arc<dyn KeyService>,
+        volume_key: VolumeKey,
+        gate: Gate,
+        files: Arc<FileKeys>,
+    ) -> Self {
         Self {
             service,
             gate: RwLock::numbered(volume_key.domain.0.into(), gate),
             volume_key,
+            is_leaving: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             closers: Mutex::default(),
             is_drain_over: AtomicBool::new(false),
-            files: (0..CACHE_SHARDS)
-                .map(|_| Mutex::new(LruCache::new(per_shard)))
-                .collect(),
+            files,
             calls: AtomicU64::new(0),
         }
     }
 
-    /// Opens the volume key. Files' keys are cached up to `files_max`.
+    /// Opens the volume key.
     pub(crate) fn open(
         service: Arc<dyn KeyService>,
         volume_key: VolumeKey,
-        files_max: usize,
+        files: Arc<FileKeys>,
     ) -> std::result::Result<Self, KeyError> {
-        let ring = Self::dark(service, volume_key, files_max);
+        let ring = Self::dark(service, volume_key, files);
         ring.relight()?;
         Ok(ring)
     }
@@ -209,6 +213,9 @@ impl Keyring {
 
     /// Passes the gate, or says why not.
     pub(crate) fn admit(&self, purpose: Purpose) -> Result<Admission<'_>> {
+        if purpose == Purpose::Serve && self.is_leaving.load(Ordering::Acquire) {
+            return Err(refusal(KeyState::Draining));
+        }
         let gate = self.gate.read();
         let (keys, draining) = self.keys_for(&gate, purpose)?;
         Ok(Admission {
@@ -247,13 +254,9 @@ impl Keyring {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// File keys in memory.
-    pub(crate) fn cached_files(&self) -> usize {
-        self.files.iter().map(|shard| shard.lock().len()).sum()
-    }
-
     /// Live -> Draining. Returns once every operation begun before has ended.
     pub(crate) fn begin_draining(&self) {
+        self.is_leaving.store(true, Ordering::Release);
         let mut gate = self.close();
         self.is_drain_over.store(false, Ordering::Release);
         gate.state = KeyState::Draining;
@@ -299,6 +302,7 @@ impl Keyring {
 
     /// -> dark: waits until every operation has ended, lets `last` use the keys alone, and wipes them.
     pub(crate) fn go_dark(&self, state: KeyState, last: impl FnOnce(Admission<'_>)) {
+        self.is_leaving.store(true, Ordering::Release);
         let mut gate = self.close();
         if let Some(keys) = gate.keys.take() {
             last(Admission {
@@ -308,9 +312,9 @@ impl Keyring {
             });
         }
         gate.state = state;
-        for shard in &self.files {
-            shard.lock().clear();
-        }
+        self.files.clear(self.volume_key.domain);
+        // From here on the state says why not.
+        self.is_leaving.store(false, Ordering::Release);
     }
 
     /// Dark for another reason than before (disabled, then destroyed).
@@ -338,7 +342,7 @@ impl Keyring {
 
     /// The key of a file, if it is in memory.
     pub(crate) fn cached_file_key(&self, ino: Ino) -> Option<Arc<FileKey>> {
-        self.shard(ino)?.lock().get(&ino).map(Arc::clone)
+        self.files.get(ino)
     }
 
     /// Asks the KMS for the key of a file, and for others in the same call, whose failures show when they are used.
@@ -390,7 +394,7 @@ impl Keyring {
 
     /// Whether the key of a file is in memory.
     pub(crate) fn has_file_key(&self, ino: Ino) -> bool {
-        self.shard(ino).is_some_and(|shard| shard.lock().contains(&ino))
+        self.files.has(ino)
     }
 
     /// Fetches the keys of several files. Failures show when a key is used.
@@ -436,16 +440,12 @@ impl Keyring {
 
     /// Puts a file's key where later operations find it.
     pub(crate) fn remember(&self, ino: Ino, key: Arc<FileKey>) {
-        if let Some(shard) = self.shard(ino) {
-            shard.lock().put(ino, key);
-        }
+        self.files.put(ino, key);
     }
 
     /// Drops the key of a deleted file.
     pub(crate) fn forget(&self, ino: Ino) {
-        if let Some(shard) = self.shard(ino) {
-            shard.lock().pop(&ino);
-        }
+        self.files.remove(ino);
     }
 
     fn unwrap_deks(
@@ -480,10 +480,6 @@ impl Keyring {
 
     fn file_key_of(&self, ino: Ino, dek: &SecretKey) -> Arc<FileKey> {
         Arc::new(FileKey::new(dek, self.volume_key.volume, ino))
-    }
-
-    fn shard(&self, ino: Ino) -> Option<&Mutex<LruCache<Ino, Arc<FileKey>>, rank::FileKeys>> {
-        self.files.get(usize::try_from(ino.0).unwrap_or(0) % CACHE_SHARDS)
     }
 }
 

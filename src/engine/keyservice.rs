@@ -110,6 +110,9 @@ pub trait KeyService: Send + Sync {
     /// Why it was not heard; it is told again.
     fn report(&self, usage: Dependants) -> Result<(), KeyError>;
 
+    /// Gives it up, with whatever it was given: nothing more is asked of it.
+    fn end(&self);
+
     /// While `refusing`, every call fails at once, those that wait for an answer included: they may be held by operations
     /// that a revocation waits for.
     fn refuse(&self, refusing: bool);
@@ -162,14 +165,24 @@ pub struct Position {
 }
 
 impl Position {
+    /// Before anything was seen of any KMS.
+    pub const NONE: Self = Self {
+        keystore: [0; 16],
+        epoch: 0,
+        state_seq: 0,
+        audit_records: 0,
+        audit_head: [0; 32],
+    };
+
     /// Whether a KMS that is here now can have been there before.
     #[must_use]
     pub fn follows(&self, seen: &Self) -> bool {
-        self.keystore == seen.keystore
-            && self.epoch >= seen.epoch
-            && self.state_seq >= seen.state_seq
-            && self.audit_records >= seen.audit_records
-            && (self.audit_records > seen.audit_records || self.audit_head == seen.audit_head)
+        *seen == Self::NONE
+            || self.keystore == seen.keystore
+                && self.epoch >= seen.epoch
+                && self.state_seq >= seen.state_seq
+                && self.audit_records >= seen.audit_records
+                && (self.audit_records > seen.audit_records || self.audit_head == seen.audit_head)
     }
 }
 
@@ -182,7 +195,7 @@ pub trait CacheObserver: Send + Sync {
     /// Have `name` in `parent` looked up again: it leads elsewhere. Called as [`Self::purge`] is.
     fn forget_name(&self, _parent: Ino, _name: &[u8]) {}
 
-    /// Wipe what past requests left in memory: the volume is dark, and no request shows anything any more. Called as
+    /// Wipe what past requests of a domain that is dark left in memory; those of others may be under way. Called as
     /// [`Self::purge`] is.
     fn wipe(&self) {}
 }

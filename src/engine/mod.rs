@@ -20,6 +20,7 @@ mod domain;
 mod domains;
 mod drain;
 mod error;
+mod filekeys;
 mod format;
 mod keyring;
 mod keys;

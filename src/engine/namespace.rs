@@ -298,17 +298,19 @@ impl Access<'_> {
             }
             touch(dir, now);
             // Its root goes, and the domain with it.
-            let ended = (child.domain() != parent.domain()).then(|| self.domains.record(child.domain()));
-            let ended = ended.flatten().map(|record| DomainRecord {
+            let ended = (child.domain() != parent.domain()).then(|| self.domain_record(child.domain()));
+            let ended = ended.transpose()?.map(|record| DomainRecord {
                 state: DomainState::Removed,
-                ..record
+                ..record.without_name()
             });
             if let Some(record) = &ended {
                 self.put_domain(&mut batch, child.domain(), record)?;
             }
             staged.commit(self, batch)?;
             if let Some(record) = ended {
-                self.domains.note(child.domain(), record);
+                self.domains.note(child.domain(), &record);
+                // The KMS is told that nothing depends on the key any more.
+                self.domains.of(child)?.bell.ring();
             }
             let gone = staged.state(child)?.record.nlink == 0;
             drop(staged);
@@ -514,8 +516,8 @@ impl Access<'_> {
         for dir in [old, new] {
             touch(staged.record(dir)?, now);
         }
-        let moved = (child.domain() != old.domain()).then(|| self.domains.record(child.domain()));
-        let moved = moved.flatten().map(|record| DomainRecord {
+        let moved = (child.domain() != old.domain()).then(|| self.domain_record(child.domain()));
+        let moved = moved.transpose()?.map(|record| DomainRecord {
             parent: new,
             name: new_name.to_vec(),
             ..record
@@ -525,7 +527,7 @@ impl Access<'_> {
         }
         staged.commit(self, batch)?;
         if let Some(record) = moved {
-            self.domains.note(child.domain(), record);
+            self.domains.note(child.domain(), &record);
         }
 
         if let Some(target) = target {

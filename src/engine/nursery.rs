@@ -7,6 +7,7 @@ use super::keyring::{FreshKey, KEYS_PER_CALL_MAX};
 use super::sync::{Mutex, rank};
 use super::types::{Domain, Ino};
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Numbers reserved at a time for inodes that need no key.
 const PLAIN_BATCH: u64 = 256;
@@ -18,6 +19,8 @@ pub(crate) struct Nursery {
     files: Mutex<VecDeque<(Ino, FreshKey)>, rank::NurseryFiles>,
     files_refill: Mutex<(), rank::NurseryRefill>,
     plain: Mutex<VecDeque<Ino>, rank::NurseryPlain>,
+    /// A refill was asked for, and that was not heard yet.
+    is_asked_for: AtomicBool,
 }
 
 impl Nursery {
@@ -27,12 +30,18 @@ impl Nursery {
             files: Mutex::default(),
             files_refill: Mutex::default(),
             plain: Mutex::default(),
+            is_asked_for: AtomicBool::new(false),
         }
     }
 
     /// Drops every key. The numbers go with them: they are never reused.
     pub(crate) fn clear(&self) {
         self.files.lock().clear();
+    }
+
+    /// A refill that was asked for begins, or never will: it may be asked for again.
+    pub(crate) fn note_heard(&self) {
+        self.is_asked_for.store(false, Ordering::Release);
     }
 
     fn take_file(&self) -> (Option<(Ino, FreshKey)>, usize) {
@@ -46,7 +55,9 @@ impl Access<'_> {
     pub(crate) fn unborn_file(&self) -> Result<(Ino, FreshKey)> {
         loop {
             let (taken, left) = self.home().nursery.take_file();
-            if left == self.home().nursery.batch / 2 {
+            let nursery = &self.home().nursery;
+            // Again and again, if the KMS was away when it was asked.
+            if left <= nursery.batch / 2 && !nursery.is_asked_for.swap(true, Ordering::AcqRel) {
                 self.fetch_ahead(Fetch::Nursery(self.home().id));
             }
             match taken {

@@ -8,6 +8,7 @@ use super::commit::{Batch, Committer, Seq, Written};
 use super::core::{Core, Fetch};
 use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};
+use super::filekeys::FileKeys;
 use super::format::domain::{DomainRecord, DomainState, Usage};
 use super::format::root::{RootRecord, SealRecord};
 use super::format::rowkey::{self, Family};
@@ -220,7 +221,8 @@ pub(crate) fn open_core(
         superblock_hash: superblock.hash(),
         wrapped: superblock.wrapped_vk().to_vec(),
     };
-    let keyring = Keyring::open(keys, volume_key, options.dek_cache_entries_max)?;
+    let file_keys = Arc::new(FileKeys::new(options.dek_cache_entries_max));
+    let keyring = Keyring::open(keys, volume_key, Arc::clone(&file_keys))?;
     let asked = clock.monotonic();
     let renewal = keyring.renew(RENEWAL_MAX)?;
     renewal.state?;
@@ -278,6 +280,7 @@ pub(crate) fn open_core(
             options.dek_prefetch,
             Some(lease),
         )),
+        file_keys,
         slots: Slots::new(dir.join(DATA), writing == Writing::Nothing),
         nodes: NodeTable::new(options.node_cache_entries_max),
         chunks: ChunkCache::new(),
@@ -292,6 +295,7 @@ pub(crate) fn open_core(
         upkeep_bell: Bell::default(),
         is_compaction_due: AtomicBool::new(false),
         compact_bell: Bell::default(),
+        domains_bell: Bell::default(),
         fetches,
         dir: dir.to_path_buf(),
         options,
@@ -335,7 +339,7 @@ impl Core {
         for (number, record) in found {
             let domain = Domain(number);
             if record.state != DomainState::InUse {
-                self.domains.note(domain, record);
+                self.domains.note(domain, &record);
                 continue;
             }
             let service = first.service().for_domain(domain, &record.cmk_arn)?;
@@ -344,7 +348,7 @@ impl Core {
                 wrapped: record.wrapped_vk.clone(),
                 ..first.volume_key().clone()
             };
-            let keyring = Keyring::dark(service, volume_key, self.options.dek_cache_entries_max);
+            let keyring = Keyring::dark(service, volume_key, Arc::clone(&self.file_keys));
             let asked = self.clock.monotonic();
             let lit = keyring.relight().and_then(|()| keyring.renew(RENEWAL_MAX));
             let lit = lit.and_then(|renewal| renewal.state.map(|()| renewal.lease));
@@ -357,7 +361,7 @@ impl Core {
                 }
             };
             let opened = KeyDomain::new(domain, keyring, self.options.dek_prefetch, lease);
-            self.domains.add(opened, record);
+            self.domains.add(opened, &record);
         }
         Ok(())
     }

@@ -41,9 +41,11 @@ impl Orphans {
         self.slot_files.lock().retain(|(_, ino)| !gone(*ino));
     }
 
-    /// Whether none waits to be reclaimed.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.waiting.lock().is_empty() && self.slot_files.lock().is_empty()
+    /// Whether none waits to be reclaimed of a domain that is `live`.
+    pub(crate) fn is_idle(&self, live: impl Fn(Domain) -> bool) -> bool {
+        // No gate is looked at under this lock.
+        let waiting: BTreeSet<_> = self.waiting.lock().iter().map(|ino| ino.domain()).collect();
+        !waiting.into_iter().any(live) && self.slot_files.lock().is_empty()
     }
 }
 

@@ -170,9 +170,13 @@ impl Slots {
     }
 
     /// Removes every slot file of a domain that is durably gone, durably.
-    pub(crate) fn remove_all(&self, domain: Domain) -> Result<()> {
+    ///
+    /// # Errors
+    /// Storage's, and that of `go_on`, which is asked at each file.
+    pub(crate) fn remove_all(&self, domain: Domain, go_on: impl Fn() -> Result<()>) -> Result<()> {
         let mut shards = BTreeSet::new();
         self.each_file(|file| {
+            go_on()?;
             if let Some(ino) = file.ino.filter(|ino| ino.domain() == domain) {
                 self.remove(ino)?;
                 shards.extend(file.path.parent().map(Path::to_path_buf));

@@ -10,7 +10,6 @@ use super::commit::Written;
 use super::core::{Access, Core};
 use super::error::{Error, Result};
 use super::format::rowkey::{self, Family};
-use super::keyring::KeyState;
 use super::publish::Publishing;
 use super::runs::{PAGE_RUNS, RunSet};
 use super::slots::{FoundFile, sync_dir};
@@ -87,7 +86,8 @@ impl Core {
         let swept = self.slots.each_file(|file| {
             self.go_on_sweeping()?;
             match file.ino.filter(|_| file.modified >= sweep.since) {
-                Some(ino) if sweep.is_of_before(ino) => match self.sweep_file(ino, &file) {
+                // What is left of a domain that is gone is given up as a whole.
+                Some(ino) if self.domains.of(ino).is_ok() && sweep.is_of_before(ino) => match self.sweep_file(ino, &file) {
                     // Of a domain whose key may not be used, while the volume's own may.
                     Err(error) if self.is_dark(ino.domain()) && !self.is_dark(Domain::FIRST) => {
                         tracing::info!(inode = ino.0, %error, "a slot file is not swept; a later mount tries again");
@@ -113,11 +113,6 @@ impl Core {
             Ok(()) => self.is_unswept.store(!is_complete, Ordering::Release),
             Err(error) => tracing::info!(%error, "the next mount sweeps again"),
         }
-    }
-
-    fn is_dark(&self, domain: Domain) -> bool {
-        let found = self.domains.get(domain);
-        found.is_ok_and(|domain| domain.keyring.state() != KeyState::Live)
     }
 
     fn go_on_sweeping(&self) -> Result<()> {

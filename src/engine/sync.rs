@@ -40,11 +40,11 @@ ranks! {
     /// One change of a key's state at a time. Only those who change it take it, over the whole change; that of the first domain
     /// before those of others.
     Darkening,
+    /// One new domain at a time. Held over calls to the KMS, with no gate held: they may take long.
+    NewDomain,
     /// A domain's gate; several in ascending order of domains. Every operation holds that of its domain and of the first
     /// throughout, for reading and once: a second time would wait behind a revocation that waits for the first.
     Gate,
-    /// One new domain at a time. Held over calls to the KMS and a sync of the log.
-    NewDomain,
     /// One refill of the pool of DEKs. Held over a call to the KMS and a sync of the log, so no lock but the gate is held
     /// when it is taken.
     NurseryRefill,

@@ -24,6 +24,8 @@ const TICK_MAX: Duration = Duration::from_secs(1);
 /// So many files are stored at once when the volume goes dark.
 const PUBLISHERS: usize = 8;
 
+/// How long the thread that ends key domains waits if nothing rings.
+const DOMAINS_MAX: Duration = Duration::from_secs(60);
 /// How long the compacting thread waits if nothing rings.
 const COMPACT_MAX: Duration = Duration::from_secs(60);
 /// Compacting takes one part in so many of the time.
@@ -64,6 +66,7 @@ pub(crate) fn start(opened: Opened, which: Threads) -> Result<Background> {
         if !core.options.read_only {
             work.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
             work.push(spawn("compact", Box::new(|core| compact(&core)))?);
+            work.push(spawn("domains", Box::new(|core| end_domains(&core)))?);
             if let Some(sweep) = sweep {
                 work.push(spawn("sweep", Box::new(move |core| core.sweep(&sweep)))?);
             }
@@ -87,6 +90,18 @@ fn keep_up(core: &Core) {
     }
 }
 
+/// What is left of key domains that are gone may be much.
+fn end_domains(core: &Core) {
+    loop {
+        if let Err(error) = core.end_domains() {
+            log_failure("giving up a key domain", &error);
+        }
+        if core.domains_bell.wait(DOMAINS_MAX) == Wake::Stop {
+            return;
+        }
+    }
+}
+
 /// Once the host has run low, what is deleted is given back to it at once: RocksDB would wait for writes.
 fn compact(core: &Core) {
     let mut seen = core.committer.deletions();
@@ -104,7 +119,7 @@ fn compact(core: &Core) {
             Ok(true) => {
                 seen = deletions;
                 if core.space.room() == Room::Plenty
-                    && core.orphans.is_idle()
+                    && core.orphans.is_idle(|domain| !core.is_dark(domain))
                     && core.committer.deletions() == seen
                 {
                     core.is_compaction_due.store(false, Ordering::Release);
@@ -125,9 +140,13 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
         }
         let done = match job {
             Fetch::Stop => return,
-            Fetch::Nursery(domain) => core
-                .serve(domain)
-                .and_then(|access| access.refill_nursery_ahead()),
+            Fetch::Nursery(domain) => {
+                if let Ok(domain) = core.domains.get(domain) {
+                    domain.nursery.note_heard();
+                }
+                let access = core.serve(domain);
+                access.and_then(|access| access.refill_nursery_ahead())
+            }
             Fetch::Files(files) => {
                 let domain = files.first().map_or(Domain::FIRST, |ino| ino.domain());
                 core.serve(domain).and_then(|access| access.prefetch_keys(&files))
@@ -152,7 +171,6 @@ impl Core {
     fn tick(&self, publish: bool) -> Result<()> {
         let mut outcome = self.relieve();
         outcome = outcome.and(self.reclaim_all());
-        outcome = outcome.and(self.end_domains());
         if publish {
             let free = self.space.free()?;
             outcome = outcome.and(self.publish_each(|access, node| access.publish_if_it_may_fit(node, free)));

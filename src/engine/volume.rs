@@ -3,7 +3,7 @@
 use super::core::{Core, Fetch};
 use super::domain::DomainStatus;
 use super::error::{Error, Result};
-use super::keyring::{KeyState, Keyring};
+use super::keyring::KeyState;
 use super::keyservice::{CacheObserver, InodeLedger};
 use super::sweep;
 use super::sync::{Mutex, assert_unbroken, rank};
@@ -127,11 +127,12 @@ impl Volume {
     /// ENOENT, ENOTDIR, ENOTEMPTY; EINVAL below another domain; EEXIST for the root of one, unless that is erased; the KMS's
     /// refusal.
     pub fn set_key(&self, parent: Ino, name: &[u8], cmk_arn: &str) -> Result<Domain> {
-        let domain = self.core.set_key(parent, name, cmk_arn)?;
-        self.forget_name(parent, name);
+        let (domain, seq) = self.core.set_key(parent, name, cmk_arn)?;
         let watched = spawn_watch(&self.core, domain);
         let watched = watched.inspect_err(|_| self.core.shut_unwatched(domain))?;
         self.background.lock().watches.push(watched);
+        self.forget_name(parent, name);
+        self.core.committer.sync_to(seq)?;
         Ok(domain)
     }
 
@@ -191,6 +192,7 @@ impl Volume {
     fn stop_work(&self) {
         self.core.upkeep_bell.stop();
         self.core.compact_bell.stop();
+        self.core.domains_bell.stop();
         let work = std::mem::take(&mut self.background.lock().work);
         if !work.is_empty() && self.core.fetches.send(Fetch::Stop).is_err() {
             tracing::debug!("the fetching thread has ended before");
@@ -212,7 +214,7 @@ impl Volume {
     pub fn status(&self) -> Status {
         let core = &self.core;
         let root = core.committer.root();
-        let sum = |count: fn(&Keyring) -> u64| core.domains.all().map(|domain| count(&domain.keyring)).sum();
+        let calls = core.domains.all().map(|domain| domain.keyring.calls());
         Status {
             key_state: core.domains.first().keyring.state(),
             inodes: root.inodes,
@@ -221,8 +223,8 @@ impl Volume {
             durable_seq: core.committer.durable().0,
             pending_bytes: core.active.pending_bytes(),
             active_files: core.active.inodes().len(),
-            cached_deks: sum(|ring| ring.cached_files() as u64) as usize,
-            kms_calls: sum(Keyring::calls),
+            cached_deks: core.file_keys.len(),
+            kms_calls: calls.sum(),
             is_unswept: core.is_unswept.load(Ordering::Acquire),
             failed: core.committer.check().is_err(),
         }

@@ -5,13 +5,13 @@
 use super::bell::Wake;
 use super::clock::Clock;
 use super::core::{Access, Core};
-use super::domains::KeyDomain;
+use super::domains::{KeyDomain, Known};
 use super::error::{Error, Result};
 use super::format::chunk::BLOCK;
 use super::format::domain::DomainState;
 use super::keyring::{Admission, KeyState, Purpose, state_after};
 use super::keyservice::{Dependants, KeyError, Renewal};
-use super::sync::before_purge;
+use super::sync::{MutexGuard, before_purge};
 use super::types::{Domain, Ino};
 use super::upkeep::log_failure;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -201,7 +201,7 @@ impl Core {
     fn note_destroyed(&self, domain: &KeyDomain, error: &KeyError) {
         if *error == KeyError::Destroyed && domain.id != Domain::FIRST && !domain.is_destroyed() {
             domain.note_destroyed();
-            self.upkeep_bell.ring();
+            self.domains_bell.ring();
         }
     }
 
@@ -209,8 +209,8 @@ impl Core {
     fn report(&self, domain: &KeyDomain, watch: &mut KeyWatch) {
         let now = self.clock.monotonic();
         let holds = self.committer.holds(domain.id);
-        let record = self.domains.record(domain.id);
-        let is_removed = record.is_some_and(|record| record.state == DomainState::Removed);
+        let known = self.domains.known(domain.id);
+        let is_removed = known.is_some_and(|known| known.state == DomainState::Removed);
         let dependants = match is_removed {
             true => Dependants::NONE,
             false => Dependants {
@@ -290,6 +290,10 @@ impl Core {
         if *is_shut_by_hand || domain.keyring.state() == KeyState::Live {
             return;
         }
+        let is_erased = |known: Known| known.state == DomainState::Erased;
+        if self.domains.known(domain.id).is_some_and(is_erased) {
+            return;
+        }
         {
             // Held until it is lit: the first, going dark, finds what it has to wipe.
             let first = self.domains.first();
@@ -351,6 +355,8 @@ impl Core {
             drop(done);
         });
         laps.end("stored");
+        // Until nothing is left of what they held, too: none of them says before that it is dark.
+        let _others = self.stop_others(domain);
         self.shut(domain, state, |access| {
             if self.options.read_only {
                 return;
@@ -358,11 +364,16 @@ impl Core {
             if domain.keyring.is_drain_over() {
                 tracing::error!("the time to store what was written is over");
                 self.lose_pending(going);
-            } else if let Err(error) =
-                access.map_or(Err(Error::KeyRevoked), |access| access.publish_rest(going))
-            {
-                tracing::error!(%error, "content written before the revocation is lost");
-                self.lose_pending(going);
+                return;
+            }
+            match access.map(|access| access.publish_rest(going)) {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    tracing::error!(%error, "content written before the revocation is lost");
+                    self.lose_pending(going);
+                }
+                // The first was shut before, and stored everything, or said what was lost.
+                None => self.lose_pending(going),
             }
         });
         laps.end("shut");
@@ -388,7 +399,7 @@ impl Core {
     }
 
     /// Shuts a domain's gate once every operation has ended, lets `last` use its keys alone, and wipes them; with the first
-    /// those of every other go. `last` is given no access where the first is dark already, which stored everything.
+    /// those of every other go, whose states are to be kept as they are. `last` is given no access where the first is dark already, which stored everything.
     fn shut(&self, domain: &KeyDomain, state: KeyState, last: impl FnOnce(Option<Access<'_>>)) {
         if domain.id != Domain::FIRST {
             // Held throughout: gates are shut in their order, and the first needs none of ours to be shut.
@@ -411,10 +422,21 @@ impl Core {
             last(Some(self.with_keys(domain, Purpose::Drain, first, others)));
         });
         for other in self.domains.others() {
-            let _one_at_a_time = other.is_shut_by_hand.lock();
             if matches!(other.keyring.state(), KeyState::Live | KeyState::Draining) {
                 other.keyring.go_dark(state, |_| ());
             }
+        }
+    }
+
+    /// Keeps the state of every other domain as it is, if this is the first, which shuts them.
+    fn stop_others(&self, domain: &KeyDomain) -> Vec<MutexGuard<'_, bool>> {
+        match domain.id {
+            Domain::FIRST => self
+                .domains
+                .others()
+                .map(|other| other.is_shut_by_hand.lock())
+                .collect(),
+            _ => Vec::new(),
         }
     }
 
@@ -428,6 +450,7 @@ impl Core {
     /// -> dark without an attempt to store anything more.
     fn shut_after_panic(&self, domain: &KeyDomain) {
         let _one_at_a_time = domain.is_shut_by_hand.lock();
+        let _others = self.stop_others(domain);
         self.shut(domain, KeyState::Unreachable, |_| ());
         // What a commit freed may be written again by the nodes that come after these: not before it is durable.
         if let Err(error) = self.committer.sync_to(self.committer.committed()) {

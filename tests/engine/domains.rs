@@ -143,8 +143,12 @@ fn what_cannot_begin_a_domain_is_refused_and_stays_as_it_is() {
     assert_eq!(refused(Ino::ROOT, b"full"), Error::Posix(libc::ENOTEMPTY));
     assert_eq!(refused(Ino::ROOT, b"file"), Error::Posix(libc::ENOTDIR));
     assert_eq!(refused(Ino::ROOT, b"none"), Error::Posix(libc::ENOENT));
-    fixture.kms.domain(TWO).set(Answer::Disabled);
+    let given_up = fixture.kms.domain(TWO);
+    assert!(!given_up.has_ended());
+    given_up.set(Answer::Disabled);
     assert_eq!(refused(Ino::ROOT, b"plain"), Error::KeyRevoked);
+    // Nobody would say for it that it is dark.
+    assert!(given_up.has_ended());
     assert_eq!(
         volume.lookup(Ino::ROOT, b"plain").unwrap().ino.domain(),
         Domain::FIRST
@@ -435,6 +439,7 @@ fn a_domain_whose_key_is_destroyed_gives_its_space_back_and_is_erased() {
         (erased.status.key_state, erased.is_checked),
         (KeyState::Erased, false)
     );
+    assert!(erased.status.is_erased);
     // No key of that name brings it back.
     fixture.kms.domain(ONE).set(Answer::Enabled);
     let volume = fixture.open();
@@ -473,6 +478,7 @@ fn nothing_but_a_destroyed_key_has_anything_given_up() {
         // Nor by a mount that never saw its key.
         let volume = fixture.open();
         assert!(volume.getattr(file).is_err());
+        assert!(!volume.domains()[1].is_erased, "{answer:?}");
         let renewals = kms.renewals();
         eventually(|| kms.renewals() >= renewals + 5);
         kms.set(Answer::Enabled);
@@ -502,6 +508,7 @@ fn a_domain_that_is_dark_when_the_volume_is_opened_comes_to_light_with_its_orpha
         (dark.status.key_state, dark.is_checked),
         (KeyState::Revoked, false)
     );
+    assert!(!dark.status.is_erased);
     assert_eq!(dark.status.inodes, 3);
     let volume = fixture.open();
     assert_eq!(state_of(&volume, ONE), Some(KeyState::Revoked));

@@ -87,6 +87,26 @@ fn a_volume_that_is_revoked_while_it_is_closed_goes_dark_says_so_and_has_stored_
     assert_eq!(content(&volume, file).unwrap(), noise(8, 300_000));
 }
 
+/// Keys are fetched ahead as soon as that is possible, not at one moment alone, at which the KMS may be away.
+#[test]
+fn a_kms_that_was_away_when_keys_were_to_be_fetched_ahead_is_asked_again() {
+    let mut fixture = Fixture::new();
+    fixture.options.dek_prefetch = 64;
+    let volume = fixture.open();
+    let make = |number: u32| volume.make(Ino::ROOT, number.to_string().as_bytes(), &FILE);
+    for number in 0..20 {
+        make(number).unwrap();
+    }
+    fixture.kms.set(Answer::Unreachable);
+    for number in 20..50 {
+        make(number).unwrap();
+    }
+    fixture.kms.set(Answer::Enabled);
+    let calls = fixture.kms.calls();
+    make(50).unwrap();
+    eventually(|| fixture.kms.calls() > calls);
+}
+
 /// What comes when the time to drain is over is refused, and no later fsync claims that it was stored.
 #[test]
 fn what_comes_too_late_is_lost_and_said_to_be() {

@@ -43,6 +43,7 @@ pub struct FakeKms {
     reported: Mutex<Option<Dependants>>,
     others: Mutex<BTreeMap<Domain, Arc<FakeKms>>>,
     at_position: Mutex<Option<Hook>>,
+    has_ended: AtomicBool,
 }
 
 impl FakeKms {
@@ -68,6 +69,7 @@ impl FakeKms {
             reported: Mutex::default(),
             others: Mutex::default(),
             at_position: Mutex::default(),
+            has_ended: AtomicBool::new(false),
         }
     }
 
@@ -97,6 +99,11 @@ impl FakeKms {
     /// Has something done when it is next asked how far it has come, as it is whenever the seal file is written.
     pub fn at_position(&self, hook: impl FnOnce(&Self) + Send + 'static) {
         *self.at_position.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// Whether it was given up.
+    pub fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::SeqCst)
     }
 
     /// Whether somebody waits for those who wait for it.
@@ -233,6 +240,10 @@ impl KeyService for FakeKms {
     fn report(&self, dependants: Dependants) -> Result<(), KeyError> {
         *self.reported.lock().unwrap() = Some(dependants);
         Ok(())
+    }
+
+    fn end(&self) {
+        self.has_ended.store(true, Ordering::SeqCst);
     }
 
     fn refuse(&self, refusing: bool) {

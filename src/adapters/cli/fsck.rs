@@ -2,11 +2,12 @@
 
 use super::harden::harden;
 use super::{
-    Failure, FsckArguments, existing_directory, key_failure, open_failure, read_superblock, uuid_text,
+    Failure, FsckArguments, domain_document, existing_directory, key_failure, open_failure, read_superblock,
+    uuid_text,
 };
 use crate::adapters::kms::{Holder, SessionKeys};
 use crate::engine::{
-    CheckOptions, CheckedDomain, Event, KeyService, KeyState, Options, Problem, Report, SystemClock, Volume,
+    CheckOptions, CheckedDomain, Event, KeyService, Options, Problem, Report, SystemClock, Volume,
 };
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -155,7 +156,7 @@ fn summary(dir: &Path, arguments: &FsckArguments, report: &Report) -> String {
     let unchecked = report
         .domains
         .iter()
-        .filter(|domain| !domain.is_checked && !is_erased(domain));
+        .filter(|domain| !domain.is_checked && !domain.status.is_erased);
     let unchecked = unchecked.count();
     if unchecked > 0 {
         say(format_args!(", {unchecked} key domains not checked"));
@@ -168,17 +169,13 @@ fn summary(dir: &Path, arguments: &FsckArguments, report: &Report) -> String {
     text
 }
 
-fn is_erased(domain: &CheckedDomain) -> bool {
-    domain.status.key_state == KeyState::Erased
-}
-
 /// What is to be said of a key domain that could not be looked at.
 fn domain_line(domain: &CheckedDomain) -> Option<String> {
     let status = &domain.status;
-    let why = match is_erased(domain) {
-        _ if domain.is_checked => return None,
-        true => "erased: its key is destroyed, and its content is noise",
-        false => "not checked: its key may not be used at present",
+    let why = match (domain.is_checked, status.is_erased) {
+        (true, _) => return None,
+        (false, true) => "erased: its key is destroyed, and its content is noise",
+        (false, false) => "not checked: its key may not be used at present",
     };
     let place = status
         .path
@@ -216,12 +213,12 @@ fn document(dir: &Path, uuid: [u8; 16], report: &Report) -> Value {
         "scrubbed_blocks": counts.scrubbed_blocks,
         "orphans": counts.orphans,
         "problems": problems.collect::<Vec<_>>(),
-        "domains": report.domains.iter().map(domain_document).collect::<Vec<_>>(),
+        "domains": report.domains.iter().map(checked_document).collect::<Vec<_>>(),
     })
 }
 
-fn domain_document(domain: &CheckedDomain) -> Value {
-    let mut document = super::domain_document(&domain.status);
+fn checked_document(domain: &CheckedDomain) -> Value {
+    let mut document = domain_document(&domain.status);
     if let Some(fields) = document.as_object_mut() {
         fields.insert("checked".to_owned(), domain.is_checked.into());
     }

@@ -277,6 +277,7 @@ fn domain_document(status: &DomainStatus) -> Value {
         "path": status.path.as_deref().map(|path| path.escape_ascii().to_string()),
         "cmk_arn": status.cmk_arn,
         "key_state": control::key_state(status.key_state),
+        "erased": status.is_erased,
         "inodes": status.inodes,
         "data_bytes": status.blocks.saturating_mul(4096),
     })

@@ -45,19 +45,13 @@ fn place(directory: &Path) -> Result<(PathBuf, Name), Failure> {
     let failed = |error: std::io::Error| format!("{shown}: {error}");
     let absolute = std::path::absolute(directory).map_err(failed)?;
     let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else {
-        return Err(format!("{shown} is no directory of a mounted volume"));
+        return Err(format!("{shown}: name the directory itself, not one by '..'"));
     };
     let is_mountpoint = fuse::find(&absolute).map_err(failed)?.is_some();
     if is_mountpoint {
         return Err(format!(
             "{shown} is the root of a volume, which is under the volume's own key for good"
         ));
-    }
-    if matches!(
-        absolute.components().next_back(),
-        Some(std::path::Component::ParentDir)
-    ) {
-        return Err(format!("{shown}: name the directory itself, not one by '..'"));
     }
     let parent = std::fs::canonicalize(parent).map_err(failed)?;
     let mount = fuse::find_around(&parent).map_err(failed)?;

@@ -125,6 +125,19 @@ impl Mounting {
         Ok(())
     }
 
+    /// Takes the session of a domain away, which is given up.
+    pub(super) fn remove(&self, domain: Domain) {
+        let is_it = |session: &Arc<SessionKeys>| session.domain() == domain;
+        self.sessions.lock().retain(|session| !is_it(session));
+        let gone: Vec<_> = self
+            .watchers
+            .lock()
+            .extract_if(.., |watcher| is_it(&watcher.keys))
+            .collect();
+        // Each waits for its thread.
+        drop(gone);
+    }
+
     pub(super) fn stop_watching(&self) {
         let watchers = std::mem::take(&mut *self.watchers.lock());
         drop(watchers);

@@ -10,6 +10,7 @@ use kms_crypto::SecretKey;
 use parking_lot::{Mutex, RwLock};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
@@ -36,7 +37,9 @@ pub struct SessionKeys {
     holder: Holder,
     domain: Domain,
     cmk: String,
-    session: RwLock<Arc<Session>>,
+    /// None until it is first asked for something, and once it was given up.
+    session: RwLock<Option<Arc<Session>>>,
+    has_ended: AtomicBool,
     reopening: Mutex<()>,
     mounting: Arc<Mounting>,
     ledgers: Arc<Ledgers>,
@@ -53,22 +56,30 @@ impl SessionKeys {
     /// What kmsd said.
     pub fn open(holder: Holder, cmk: &str) -> Result<Self, KeyError> {
         let ledgers = Arc::new(Ledgers::new().map_err(|error| no_ledger(&error))?);
-        Self::open_in(holder, Domain::FIRST, cmk, Arc::default(), ledgers)
+        let keys = Self::of(
+            holder,
+            Domain::FIRST,
+            cmk,
+            Arc::default(),
+            ledgers,
+            Position::NONE,
+        )?;
+        keys.reopen(None)?;
+        Ok(keys)
     }
 
-    fn open_in(
+    /// Those of a domain, whose session is opened when something is asked for. `seen`: how far kmsd has come in any case.
+    fn of(
         holder: Holder,
         domain: Domain,
         cmk: &str,
         mounting: Arc<Mounting>,
         ledgers: Arc<Ledgers>,
+        seen: Position,
     ) -> Result<Self, KeyError> {
         // One of its own: what is broken off for one domain goes on for others.
         let client = connect(&holder.socket)?;
         let ledger = ledgers.of(domain).map_err(|error| no_ledger(&error))?;
-        let session = client
-            .open_session(holder.volume, domain.0, holder.drain_max)
-            .map_err(|error| key_error(&error))?;
         Ok(Self {
             client,
             holder,
@@ -78,9 +89,14 @@ impl SessionKeys {
             mounting,
             ledgers,
             ledger,
-            seen: Mutex::new(position(session.position())),
-            session: RwLock::new(Arc::new(session)),
+            seen: Mutex::new(seen),
+            session: RwLock::new(None),
+            has_ended: AtomicBool::new(false),
         })
+    }
+
+    pub(super) fn domain(&self) -> Domain {
+        self.domain
     }
 
     /// Where the inodes that the kernel knows are to be listed.
@@ -117,8 +133,15 @@ impl SessionKeys {
     /// Hands it over with this session.
     pub(super) fn hand_over(&self) -> Result<(), KeyError> {
         let _no_session_is_opened = self.reopening.lock();
-        let session = Arc::clone(&self.session.read());
-        self.hand_over_in(&session).map_err(|error| key_error(&error))
+        match self.current() {
+            Some(session) => self.hand_over_in(&session).map_err(|error| key_error(&error)),
+            // It is handed over when there is one.
+            None => Ok(()),
+        }
+    }
+
+    fn current(&self) -> Option<Arc<Session>> {
+        self.session.read().as_ref().map(Arc::clone)
     }
 
     fn hand_over_in(&self, session: &Session) -> Result<(), ClientError> {
@@ -155,8 +178,8 @@ impl SessionKeys {
                 let ring = || ring(keys.domain);
                 // Until its other end is dropped.
                 while stopped.recv_timeout(WATCH_PAUSE) == Err(RecvTimeoutError::Timeout) {
-                    let session = Arc::clone(&keys.session.read());
-                    if let Ok(mut watch) = session.watch() {
+                    let session = keys.current();
+                    if let Some(Ok(mut watch)) = session.map(|session| session.watch()) {
                         // What changed since the last renewal was missed.
                         ring();
                         while watch.wait() {
@@ -183,18 +206,25 @@ impl SessionKeys {
     }
 
     fn close_alone(&self) {
-        if let Err(error) = self.session.read().close() {
+        self.has_ended.store(true, Ordering::Release);
+        let _no_session_is_opened = self.reopening.lock();
+        if let Some(session) = self.session.write().take()
+            && let Err(error) = session.close()
+        {
             // kmsd sees this process end.
             tracing::debug!(%error, "the session was not closed");
         }
     }
 
-    /// Makes a call, in a new session if kmsd no longer knows this one.
+    /// Makes a call, in a new session if there is none, or kmsd no longer knows it.
     fn call<T>(&self, call: impl Fn(&Session) -> Result<T, ClientError>) -> Result<T, KeyError> {
-        let session = Arc::clone(&self.session.read());
+        let session = match self.current() {
+            Some(session) => session,
+            None => self.reopen(None)?,
+        };
         match call(&session) {
             Err(error) if is_unknown_session(&error) => {
-                let session = self.reopen(&session)?;
+                let session = self.reopen(Some(&session))?;
                 call(&session)
             }
             other => other,
@@ -202,15 +232,22 @@ impl SessionKeys {
         .map_err(|error| key_error(&error))
     }
 
-    fn described_state(&self) -> Result<KeyState, ClientError> {
-        KeyState::of(&self.client.describe_key(&self.cmk)?)
+    fn described_state(&self) -> Result<KeyState, KeyError> {
+        let described = self.client.describe_key(&self.cmk);
+        described
+            .and_then(|key| KeyState::of(&key))
+            .map_err(|error| key_error(&error))
     }
 
     /// The session that follows `lost`, opened by whoever comes first.
-    fn reopen(&self, lost: &Arc<Session>) -> Result<Arc<Session>, KeyError> {
+    fn reopen(&self, lost: Option<&Arc<Session>>) -> Result<Arc<Session>, KeyError> {
         let _one_at_a_time = self.reopening.lock();
-        let current = Arc::clone(&self.session.read());
-        if !Arc::ptr_eq(&current, lost) {
+        if self.has_ended.load(Ordering::Acquire) {
+            return Err(KeyError::Other("the session was given up".to_owned()));
+        }
+        if let Some(current) = self.current()
+            && lost.is_none_or(|lost| !Arc::ptr_eq(&current, lost))
+        {
             return Ok(current);
         }
         let before = *self.seen.lock();
@@ -226,7 +263,7 @@ impl SessionKeys {
         let session = open().map_err(|error: ClientError| key_error(&error))?;
         self.note(&before, session.position())?;
         let session = Arc::new(session);
-        *self.session.write() = Arc::clone(&session);
+        *self.session.write() = Some(Arc::clone(&session));
         Ok(session)
     }
 }
@@ -268,7 +305,12 @@ impl KeyService for SessionKeys {
         let state = match listed {
             Some(state) => state,
             // A new session was given nothing yet, and is told of no key; ours may have been disabled meanwhile.
-            None => self.described_state().map_err(|error| key_error(&error))?,
+            None => self.described_state()?,
+        };
+        // What is given up for that is gone for good: it is to be said of this very key.
+        let state = match state {
+            KeyState::Destroyed => self.described_state()?,
+            state => state,
         };
         Ok(Renewal {
             lease: renewal.lease_ttl,
@@ -297,11 +339,22 @@ impl KeyService for SessionKeys {
 
     fn for_domain(&self, domain: Domain, cmk_arn: &str) -> Result<Arc<dyn KeyService>, KeyError> {
         let (mounting, ledgers) = (Arc::clone(&self.mounting), Arc::clone(&self.ledgers));
-        let session = Self::open_in(self.holder.clone(), domain, cmk_arn, mounting, ledgers)?;
-        self.note(&self.position(), session.session.read().position())?;
-        let session = Arc::new(session);
-        self.mounting.add(Arc::clone(&session))?;
-        Ok(session)
+        let holder = self.holder.clone();
+        let keys = Arc::new(Self::of(
+            holder,
+            domain,
+            cmk_arn,
+            mounting,
+            ledgers,
+            self.position(),
+        )?);
+        self.mounting.add(Arc::clone(&keys))?;
+        Ok(keys)
+    }
+
+    fn end(&self) {
+        self.mounting.remove(self.domain);
+        self.close_alone();
     }
 
     fn report(&self, dependants: Dependants) -> Result<(), KeyError> {

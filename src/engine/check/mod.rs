@@ -141,6 +141,10 @@ struct Finding {
 }
 
 fn run(core: &Core, options: CheckOptions, watch: &mut dyn FnMut(Event<'_>)) -> Result<Report> {
+    for domain in core.domains.all() {
+        // What comes to light while this goes on was not looked at, and is not to be reclaimed.
+        domain.begin_orphans();
+    }
     let mut check = Check {
         core,
         access: core.serve_all()?,

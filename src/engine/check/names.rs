@@ -106,8 +106,8 @@ impl Check<'_> {
 
     /// Whether the record of a domain says that its root has this name.
     fn is_named_as_root(&self, dir: Ino, entry: &Dirent) -> bool {
-        let record = self.core.domains.record(entry.ino.domain());
-        record.is_some_and(|record| {
+        let record = self.access.domain_record(entry.ino.domain());
+        record.is_ok_and(|record| {
             record.state != DomainState::Removed && record.parent == dir && record.name == entry.name
         })
     }

@@ -102,7 +102,7 @@ pub struct Report {
 /// A key domain, in a report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckedDomain {
-    /// What it is. With [`KeyState::Erased`](crate::engine::KeyState) its content is noise, and not to be checked by anybody.
+    /// What it is. If it is erased its content is noise, and not to be checked by anybody.
     pub status: DomainStatus,
     /// Whether its keys could be used, so that it was looked at.
     pub is_checked: bool,

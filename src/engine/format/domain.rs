@@ -42,6 +42,15 @@ pub(crate) struct DomainRecord {
 }
 
 impl DomainRecord {
+    /// The same without a name.
+    pub(crate) fn without_name(self) -> Self {
+        Self {
+            parent: Ino::default(),
+            name: Vec::new(),
+            ..self
+        }
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out =
             Writer::with_capacity(64 + self.name.len() + self.cmk_arn.len() + self.wrapped_vk.len());

@@ -3,6 +3,7 @@
 
 use super::{Kms, explore, together};
 use crate::engine::error::Error;
+use crate::engine::filekeys::FileKeys;
 use crate::engine::keyring::{KeyState, Keyring, Purpose, VolumeKey};
 use crate::engine::keys::FileKey;
 use crate::engine::keyservice::KeyService;
@@ -25,6 +26,7 @@ struct Watch {
     phase: Mutex<Phase>,
     under_way: AtomicUsize,
     keys: Mutex<Vec<Weak<FileKey>>>,
+    files: Arc<FileKeys>,
 }
 
 impl Watch {
@@ -37,7 +39,7 @@ impl Watch {
     }
 
     /// Checks, now and later, that nothing runs and that no key is left.
-    fn check_dark(&self, ring: &Keyring) {
+    fn check_dark(&self) {
         for _ in 0..3 {
             yield_now();
             assert_eq!(
@@ -45,7 +47,7 @@ impl Watch {
                 0,
                 "an operation runs in the dark"
             );
-            assert_eq!(ring.cached_files(), 0);
+            assert_eq!(self.files.len(), 0);
             let keys = self.keys.lock().unwrap();
             assert!(
                 keys.iter().all(|key| key.strong_count() == 0),
@@ -112,11 +114,11 @@ fn revoke_and_relight(ring: &Keyring, watch: &Watch, kms: &Kms) {
     });
     watch.enter(Phase::Dark);
     assert!(was_last);
-    watch.check_dark(ring);
+    watch.check_dark();
     kms.enable(false);
     assert!(ring.relight().is_err());
     ring.restate(KeyState::Erased);
-    watch.check_dark(ring);
+    watch.check_dark();
     assert_eq!(ring.admit(Purpose::Drain).err(), Some(Error::KeyErased));
     kms.enable(true);
     watch.enter(Phase::Live);
@@ -130,17 +132,19 @@ fn in_the_dark_nothing_runs_and_no_key_is_left() {
     explore(5000, || {
         let kms = Arc::new(Kms::new());
         let service = Arc::clone(&kms) as Arc<dyn KeyService>;
+        let files = Arc::new(FileKeys::new(64));
         let volume_key = VolumeKey {
             volume: [1; 16],
             domain: Domain::FIRST,
             superblock_hash: [2; 32],
             wrapped: vec![7; 32],
         };
-        let ring = Arc::new(Keyring::open(service, volume_key, 64).unwrap());
+        let ring = Arc::new(Keyring::open(service, volume_key, Arc::clone(&files)).unwrap());
         let watch = Arc::new(Watch {
             phase: Mutex::new(Phase::Live),
             under_way: AtomicUsize::new(0),
             keys: Mutex::default(),
+            files,
         });
         let operator = |purpose| -> Box<dyn FnOnce() + Send> {
             let (ring, watch) = (Arc::clone(&ring), Arc::clone(&watch));

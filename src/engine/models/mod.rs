@@ -121,6 +121,8 @@ impl KeyService for Kms {
         Ok(())
     }
 
+    fn end(&self) {}
+
     fn refuse(&self, _: bool) {}
 }
 
