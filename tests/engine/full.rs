@@ -205,7 +205,10 @@ fn a_host_filled_by_others_to_its_last_block_costs_nothing_that_is_there() {
         std::fs::remove_file(host.filling()).unwrap();
         host.in_time(|| volume.statfs().unwrap().blocks_available * 4096 > 20 << 20);
         assert!(!volume.status().failed);
-        assert!((0..5).all(|_| kept.add(&volume, LARGE)));
+        for _ in 0..5 {
+            // A compaction that goes on has copies of its own for as long.
+            host.in_time(|| kept.add(&volume, LARGE));
+        }
         kept.check_closed(&host, volume);
     }
 }
