@@ -41,7 +41,14 @@ fn what_was_acknowledged_survives_a_power_cut() {
         let mut image = Arc::clone(&base);
         // The second one begins where power failed in the first.
         for round in 1..=2 {
-            let (history, recorded) = workload::run(&image, &mut random);
+            let (history, recorded) = match workload::run(&image, &mut random) {
+                Ok(run) => run,
+                Err(violation) => {
+                    println!("workload {seed}.{round} cannot be run: {violation}");
+                    violations.push((seed, violation));
+                    break;
+                }
+            };
             for _ in 0..states.div_ceil(2) {
                 let cut = recorded.random_cut(&mut random);
                 tried += 1;

@@ -3,7 +3,7 @@
 
 use crate::disk::{Disk, Image, Recorded};
 use crate::machine::{Daemon, Machine};
-use crate::oracle::{History, NEVER, Op};
+use crate::oracle::{History, NEVER, Op, Violation, failed};
 use crate::random::Random;
 use rustix::fs::{CWD, FallocateFlags, RenameFlags};
 use std::fs::{self, File, OpenOptions};
@@ -33,25 +33,31 @@ pub fn prepare(mnt: &Path) {
     }
 }
 
-/// Runs a random workload on what a disk holds; what was done, and what reached the disk.
-pub fn run(base: &Arc<Image>, random: &mut Random) -> (History, Recorded) {
-    let machine = Machine::boot(Disk::new(Arc::clone(base))).unwrap();
-    machine.start_kmsd().unwrap();
-    machine.mount().unwrap();
-    let mut history = History::beginning_with(machine.observe().unwrap());
+/// Runs a random workload on what a disk holds; what was done, and what reached the disk. What cannot be done on what an earlier
+/// cut left is a violation like any other.
+pub fn run(base: &Arc<Image>, random: &mut Random) -> Result<(History, Recorded), Violation> {
+    let machine = Machine::boot(Disk::new(Arc::clone(base)))?;
+    let history = run_on(&machine, random);
+    let recorded = machine.disk.recorded(Arc::clone(base));
+    machine.shut_down();
+    Ok((history?, recorded))
+}
+
+fn run_on(machine: &Machine, random: &mut Random) -> Result<History, Violation> {
+    machine.start_kmsd()?;
+    machine.mount()?;
+    let mut history = History::beginning_with(machine.observe()?);
     for _ in 0..4 + random.below(STEPS_MAX) {
         let op = choose(&history, random);
         let start = machine.disk.position();
-        perform(&machine, &op).unwrap();
+        perform(machine, &op).map_err(|error| failed(format!("{op:?}: {error}")))?;
         history.note(op, start, machine.disk.position());
     }
     // Some of what was not synced is written by timers.
     if random.one_in(2) {
         std::thread::sleep(std::time::Duration::from_millis(random.below(400)));
     }
-    let recorded = machine.disk.recorded(Arc::clone(base));
-    machine.shut_down();
-    (history, recorded)
+    Ok(history)
 }
 
 /// Runs a random workload on a machine that is up, and kills one of its daemons before or during an operation.
