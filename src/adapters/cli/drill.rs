@@ -75,7 +75,7 @@ pub(super) struct DrillArguments {
 enum DrillCommand {
     /// Record that a key is destroyed: a document about one key, not about what the software can do.
     #[command(after_help = record::HELP)]
-    Record(RecordArguments),
+    Record(Box<RecordArguments>),
     /// Check a report or a record: what it is, that it was signed with this key, byte for byte, and that it follows from what is
     /// in it.
     Verify {

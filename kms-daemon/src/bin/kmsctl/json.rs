@@ -51,6 +51,7 @@ pub(crate) fn key_metadata(key: &proto::KeyMetadata) -> Value {
     });
     let more = [
         ("DeletionRequestDate", key.deletion_request_date_ms.map(time)),
+        ("DeletionDueDate", key.deletion_due_date_ms.map(time)),
         ("DestructionDate", key.destruction_date_ms.map(time)),
         ("DestructionEpoch", key.destruction_epoch.map(Value::from)),
         ("MaterialExpireTime", key.material_expire_time_ms.map(time)),

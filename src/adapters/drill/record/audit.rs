@@ -214,35 +214,35 @@ impl Log {
 
     /// What was checked of it.
     pub(super) fn checks(log: Option<&Self>, keystore: &GetKeystoreInfoResponse) -> Vec<Check> {
-        let all: [(&str, &str, fn(&Self) -> (Outcome, String)); 3] = [
-            (
+        let judged = |id, claim: &str, seen: Option<(Outcome, String)>| {
+            let not_read = || {
+                let why = "the audit log was not named (--kms-home DIR, or --audit-log FILE)";
+                (Outcome::NotTested, why.to_owned())
+            };
+            check(id, claim, seen.unwrap_or_else(not_read))
+        };
+        vec![
+            judged(
+                "audit-chain",
+                "the audit log is whole, record by record, up to the head that kmsd answers",
+                log.map(|log| log.chain(keystore)),
+            ),
+            judged(
                 "audit-scheduled",
                 "the audit log has the call that scheduled the deletion",
-                |log| log.found(log.scheduled, SCHEDULED),
+                log.map(|log| log.found(log.scheduled, SCHEDULED)),
             ),
-            (
+            judged(
                 "audit-gone",
                 "the audit log has the end of the key's material",
-                |log| log.found(log.gone, GONE),
+                log.map(|log| log.found(log.gone, GONE)),
             ),
-            (
+            judged(
                 "audit-unused",
                 "by the audit log nothing was done under the key after that",
-                Self::unused,
+                log.map(Self::unused),
             ),
-        ];
-        let not_read = || {
-            let why = "the audit log was not named (--kms-home DIR, or --audit-log FILE)";
-            (Outcome::NotTested, why.to_owned())
-        };
-        let claim = "the audit log is whole, record by record, up to the head that kmsd answers";
-        let chain = log.map_or_else(not_read, |log| log.chain(keystore));
-        let mut checks = vec![check("audit-chain", claim, chain)];
-        checks.extend(
-            all.into_iter()
-                .map(|(id, claim, judge)| check(id, claim, log.map_or_else(not_read, judge))),
-        );
-        checks
+        ]
     }
 
     fn chain(&self, keystore: &GetKeystoreInfoResponse) -> (Outcome, String) {

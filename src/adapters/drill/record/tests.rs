@@ -76,7 +76,7 @@ fn known_with(calls: &[(&str, &str)]) -> Known {
             origin: "Aliyun_KMS".to_owned(),
             creation_date_ms: 1_600_000_000_000,
             deletion_request_date_ms: Some(1_700_000_000_000),
-            delete_date_ms: Some(1_700_000_000_000 + 7 * DAY_MS),
+            deletion_due_date_ms: Some(1_700_000_000_000 + 7 * DAY_MS),
             destruction_date_ms: Some(1_700_000_000_000 + 7 * DAY_MS + 60_000),
             destruction_epoch: Some(5),
             versions: vec![Version {
@@ -141,7 +141,7 @@ fn a_production_key_is_recorded_with_what_that_is_worth_and_no_more() {
         "state",
         "window",
         "epoch",
-        "holders",
+        "mounted",
         "audit-chain",
         "audit-scheduled",
         "audit-gone",
@@ -231,8 +231,10 @@ fn what_kmsd_did_not_keep_is_not_tested() {
     let mut known = known();
     (known.key.deletion_request_date_ms, known.key.destruction_epoch) = (None, None);
     known.log = None;
+    known.dependants[0].mounted = true;
     let record = write(known);
     for id in [
+        "mounted",
         "window",
         "epoch",
         "audit-chain",
@@ -247,8 +249,6 @@ fn what_kmsd_did_not_keep_is_not_tested() {
 
 #[test]
 fn what_speaks_against_it_fails() {
-    let mut mounted = known();
-    mounted.dependants[0].mounted = true;
     let mut early = known();
     early.key.deletion_request_date_ms = Some(1_700_000_000_001 + DAY_MS);
     let mut behind = known();
@@ -257,7 +257,6 @@ fn what_speaks_against_it_fails() {
     let mut rewritten = known();
     rewritten.keystore.audit_head = vec![1; 32];
     for (known, id) in [
-        (mounted, "holders"),
         (early, "window"),
         (behind, "epoch"),
         (known_with(&used), "audit-unused"),
@@ -330,7 +329,7 @@ fn a_signed_record_that_its_own_fields_contradict_is_refused() {
     );
     refused(
         &|value| value["dependants"]["known"][0]["is_mounted"] = true.into(),
-        "holders is said",
+        "mounted is said",
     );
     refused(
         &|value| value["keystore"]["audit_head"] = "00".into(),
@@ -364,6 +363,21 @@ fn a_signed_record_that_its_own_fields_contradict_is_refused() {
         },
         "do not follow",
     );
+}
+
+#[test]
+fn no_byte_of_a_record_can_be_changed_or_left_out() {
+    let record = write(known());
+    let key = SigningKey::generate().unwrap();
+    let file = sign(record.kind, &record.value, &key);
+    verify(&file, key.public(), None).unwrap();
+    for at in 0..file.len() {
+        let mut changed = file.clone();
+        changed[at] ^= 1 << (at % 8);
+        assert!(verify(&changed, key.public(), None).is_err(), "byte {at}");
+        changed.remove(at);
+        assert!(verify(&changed, key.public(), None).is_err(), "without byte {at}");
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ const CHECKS: [&str; 15] = [
     "window",
     "epoch",
     "erasure",
-    "holders",
+    "mounted",
     "refused-encrypt",
     "refused-generate",
     "refused-decrypt",
@@ -68,7 +68,7 @@ pub(in super::super) fn follows(kind: Kind, record: &Value) -> Result<(), String
     let claims = [
         ("window", has_window(key, is_for_drills)),
         ("epoch", has_left_epoch(record, keystore)),
-        ("holders", holds_nothing(record)?),
+        ("mounted", has_no_mount(record)?),
         ("audit-chain", has_head(record, keystore)),
     ];
     for (id, holds) in claims {
@@ -112,7 +112,7 @@ fn has_left_epoch(record: &Value, keystore: &Value) -> bool {
     left.zip(now).is_some_and(|(left, now)| left < now)
 }
 
-fn holds_nothing(record: &Value) -> Result<bool, String> {
+fn has_no_mount(record: &Value) -> Result<bool, String> {
     let known = list(part(record, "dependants")?, "known")?;
     Ok(known
         .iter()
