@@ -33,7 +33,7 @@ step "verify the report, as whoever has the public key does"
 "$BIN/cmkfs" drill verify "$OUT/report.json" --key "$KEY.pub" --kind drill-report || failed=1
 
 step "destroy a key of another scratch keystore, and record it"
-scratch_begin
+scratch_begin "${TMPDIR:-/tmp}"
 "$BIN/kmsd" init --drill --home "$HOME_KMS" >"$SCRATCH/kmsd.log" 2>&1 || die "kmsd init --drill failed"
 kmsd_start
 key_id="$(key_create)"

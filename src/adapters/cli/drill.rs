@@ -197,7 +197,11 @@ fn check(path: &Path, key: &str, nonce: Option<&str>, kind: Option<Kind>) -> Res
             ("challenge", None, Some(_)) => " (compare it with yours, or give --nonce)",
             _ => "",
         };
-        let value = printable(value.unwrap_or("not known"));
+        let absent = match *name {
+            "challenge" => "none",
+            _ => "not known",
+        };
+        let value = printable(value.unwrap_or(absent));
         say(&format!("  {name:<10} {value}{hint}"));
     }
     for check in verified
