@@ -10,6 +10,9 @@ pub const CHECKPOINT_KEY: &[u8] = b"audit";
 /// The key of the one [`TimeRow`].
 pub const TIME_KEY: &[u8] = b"time";
 
+/// The origin of a key whose material is imported.
+pub(crate) const EXTERNAL: &str = "EXTERNAL";
+
 /// The keystore as a whole.
 #[derive(Clone, PartialEq, Message)]
 pub struct ManifestRow {
@@ -132,7 +135,7 @@ pub struct KeyRow {
     /// Milliseconds since the Unix epoch.
     #[prost(int64, tag = "10")]
     pub created_ms: i64,
-    /// When deletion is due, by the wall clock; set in PendingDeletion only.
+    /// When deletion is due, by the wall clock; set in PendingDeletion, and kept in Destroyed.
     #[prost(int64, optional, tag = "11")]
     pub delete_ms: Option<i64>,
     /// UUID of the version that encrypts.
@@ -163,6 +166,19 @@ pub struct KeyRow {
     /// Random, 32 bytes.
     #[prost(bytes = "vec", tag = "22")]
     pub fingerprint_key: Vec<u8>,
+    /// When its deletion was asked for, by the wall clock; set in PendingDeletion, and kept in Destroyed.
+    #[prost(int64, optional, tag = "23")]
+    pub scheduled_ms: Option<i64>,
+    /// The root epoch in which its material was left behind last.
+    #[prost(uint64, optional, tag = "24")]
+    pub left_epoch: Option<u64>,
+}
+
+impl KeyRow {
+    /// Whether it waits for material that is to be imported.
+    pub(crate) fn lacks_material(&self) -> bool {
+        self.origin == EXTERNAL && !self.imported
+    }
 }
 
 /// One alias.

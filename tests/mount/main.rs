@@ -22,6 +22,7 @@ mod privileges;
 #[path = "../common/program.rs"]
 mod program;
 mod random;
+mod record;
 mod remount;
 mod revocation;
 mod secrecy;

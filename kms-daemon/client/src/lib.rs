@@ -23,6 +23,9 @@ use std::time::Duration;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
 
+/// As many as kmsd answers at once.
+const DEPENDANTS_PAGE_SIZE: u32 = 100;
+
 /// A connection to one kmsd.
 pub struct Client {
     connection: Arc<Connection>,
@@ -53,6 +56,30 @@ impl Client {
         answer
             .key_metadata
             .ok_or_else(|| ClientError::Protocol("DescribeKey answered no metadata".to_owned()))
+    }
+
+    /// All that is known to depend on a key, named as [`Client::describe_key`] has it, in any state.
+    ///
+    /// # Errors
+    /// As [`Client::describe_key`].
+    pub fn list_dependants(&self, key: &str) -> Result<Vec<proto::Dependant>, ClientError> {
+        let mut all = Vec::new();
+        for page_number in 1.. {
+            let page = self.connection.call_repeatably(|channel| {
+                let request = proto::ListDependantsRequest {
+                    key_id: key.to_owned(),
+                    page_number,
+                    page_size: DEPENDANTS_PAGE_SIZE,
+                };
+                async move { KmsClient::new(channel).list_dependants(request).await }
+            })?;
+            let is_last = page.dependants.len() < usize::try_from(DEPENDANTS_PAGE_SIZE).unwrap_or(usize::MAX);
+            all.extend(page.dependants);
+            if is_last {
+                break;
+            }
+        }
+        Ok(all)
     }
 
     /// Opens a session for a key domain of `volume`, whose first is 0. `drain_max` is how long its mount may take to go dark

@@ -1,9 +1,9 @@
 //! The log as the daemon writes it: one thread gathers what is queued, writes it, syncs it, then wakes the callers.
 
-use super::frame::{self, Digest, HEADER_LEN, Problem};
-use super::record::SUCCESS;
 use crate::home::{HomeError, sync_parent};
 use crate::rows::CheckpointRow;
+use kms_audit::frame::{self, HEADER_LEN};
+use kms_audit::{Digest, Problem, SUCCESS};
 use parking_lot::{Condvar, Mutex};
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -391,7 +391,7 @@ fn check_tail(
                 });
             }
         };
-        durable.offset += frame.length;
+        durable.offset += frame.bytes.len() as u64;
         durable.records += 1;
         durable.head = frame.digest.to_vec();
         tail.revision = tail.revision.max(frame.record.revision);

@@ -1,11 +1,7 @@
-//! The audit log: append-only, hash-chained, durable before the answer leaves, verifiable offline.
+//! The audit log: append-only, hash-chained, durable before the answer leaves, verifiable offline. Its format is a crate of its
+//! own, for those who read it without a daemon.
 
-mod frame;
 mod log;
-mod record;
-mod verify;
 
-pub use frame::{Digest, Problem};
+pub use kms_audit::{Digest, Item, Problem, Record, Report, SUCCESS, VerifyError, verify};
 pub use log::{Audit, AuditError, Tail};
-pub use record::{Item, Record, SUCCESS};
-pub use verify::{Report, VerifyError, verify};

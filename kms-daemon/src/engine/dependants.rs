@@ -161,6 +161,10 @@ impl Engine {
         if state != KeyState::Enabled && !session.uses(key) {
             return Err(refusal(state));
         }
+        if state == KeyState::Destroyed {
+            // What depended on it stays with its tombstone: a mount gives up what it cannot read, and counts nothing then.
+            return Ok(Report::Known);
+        }
         if !usage.removed && !(1..=LOCATION_BYTES_MAX).contains(&usage.location.len()) {
             return Err(KmsError::invalid("Location", "must be 1 to 4096 bytes"));
         }

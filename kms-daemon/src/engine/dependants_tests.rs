@@ -184,6 +184,22 @@ fn who_may_not_use_the_key_reports_nothing_of_it() {
     };
     assert_eq!(code(&other, &removed), Some(Code::Disabled));
     assert_eq!(listed(&engine, key).len(), 2);
+
+    // Once it is destroyed, what depended on it stays as it was.
+    engine
+        .lock_of(key)
+        .unwrap()
+        .write()
+        .set_state(kms_api::proto::KeyState::Destroyed);
+    let before = listed(&engine, key);
+    let less = Usage {
+        files: 0,
+        bytes: 0,
+        ..usage(&name)
+    };
+    assert_eq!((code(&holder, &less), code(&holder, &removed)), (None, None));
+    assert_eq!(code(&other, &removed), Some(Code::KeyNotFound));
+    assert_eq!(listed(&engine, key), before);
 }
 
 #[test]

@@ -183,18 +183,22 @@ impl Engine {
         dying: &mut Dying,
         reached: &mut impl FnMut(Step) -> io::Result<()>,
     ) -> Result<(), KmsError> {
+        let mut manifest = self.manifest.lock();
         let rows: BTreeMap<Uuid, KeyRow> = dying
             .iter()
             .map(|(&id, (row, fate))| {
                 let next = KeyRow {
                     revision: row.revision + 1,
                     destroying: Some((*fate).into()),
+                    left_epoch: match row.lacks_material() {
+                        true => row.left_epoch,
+                        false => Some(manifest.epoch),
+                    },
                     ..(**row).clone()
                 };
                 (id, next)
             })
             .collect();
-        let mut manifest = self.manifest.lock();
         let mut next = manifest.clone();
         next.revision += 1;
         next.state_seq += 1;
@@ -313,17 +317,19 @@ fn is_pending(row: &KeyRow) -> Option<KeyState> {
 
 /// The row of a key whose material is gone.
 fn without_material(row: &KeyRow, fate: KeyState, now_ms: i64) -> KeyRow {
+    let is_destroyed = fate == KeyState::Destroyed;
     let mut next = KeyRow {
         revision: row.revision + 1,
         state: fate.into(),
         destroying: None,
-        delete_ms: None,
+        scheduled_ms: row.scheduled_ms.filter(|_| is_destroyed),
+        delete_ms: row.delete_ms.filter(|_| is_destroyed),
         delete_observed_ms: None,
         imported: false,
         material_expires_ms: None,
         ..row.clone()
     };
-    if fate == KeyState::Destroyed {
+    if is_destroyed {
         next.destroyed_ms = Some(now_ms);
         next.fingerprint.clear();
         next.fingerprint_key.clear();

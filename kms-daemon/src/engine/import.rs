@@ -1,9 +1,9 @@
 //! Material from outside: how it comes, how long it stays, and how it goes.
 
 use super::call::{Call, Trail};
-use super::keys::{EXTERNAL, material_key, not_from, refusal};
+use super::keys::{material_key, not_from, refusal};
 use super::{Effect, Engine, KeyEvent, internal};
-use crate::rows::KeyRow;
+use crate::rows::{EXTERNAL, KeyRow};
 use crate::store::{Change, Table};
 use aws_lc_rs::encoding::{AsDer, PublicKeyX509Der};
 use aws_lc_rs::rsa::{KeySize, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey};

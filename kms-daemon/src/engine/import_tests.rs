@@ -95,6 +95,7 @@ fn imported_material_works_goes_and_comes_back() {
         let gone = row(bed.engine(), id);
         assert_eq!(gone.state(), KeyState::PendingImport);
         assert_eq!((gone.imported, gone.destroyed_ms), (false, None));
+        assert_eq!(gone.left_epoch, Some(1));
         assert_eq!(
             decrypt(bed.engine(), &blob).unwrap_err().code,
             Code::PendingImport

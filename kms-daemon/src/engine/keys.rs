@@ -2,7 +2,7 @@
 
 use super::call::{Call, KeyGuard, Trail};
 use super::{Effect, Engine, KeyEvent, KeyLock, fresh_uuid, internal};
-use crate::rows::{KeyRow, TIME_KEY, VersionRow};
+use crate::rows::{EXTERNAL, KeyRow, TIME_KEY, VersionRow};
 use crate::store::{Change, Table};
 use kms_api::proto::KeyState;
 use kms_api::{Code, KmsError};
@@ -13,8 +13,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// The origin of keys whose material is imported.
-pub(super) const EXTERNAL: &str = "EXTERNAL";
 /// Keys in one keystore, at most.
 const KEYS_MAX: usize = 10_000;
 /// Bytes of a description, at most.
@@ -181,7 +179,9 @@ impl Engine {
             _ => {
                 let window_ms = i64::from(window_days) * DAY_MS;
                 row.set_state(KeyState::PendingDeletion);
-                row.delete_ms = Some(self.clock.now_ms().saturating_add(window_ms));
+                let now_ms = self.clock.now_ms();
+                row.scheduled_ms = Some(now_ms);
+                row.delete_ms = Some(now_ms.saturating_add(window_ms));
                 row.delete_observed_ms = Some(self.observed_ms().saturating_add(window_ms.unsigned_abs()));
                 Ok(true)
             }
@@ -196,12 +196,12 @@ impl Engine {
     pub fn cancel_key_deletion(&self, call: &Call, trail: &mut Trail, key: &str) -> Result<(), KmsError> {
         self.restore(call, trail, key, |row| match row.state() {
             KeyState::PendingDeletion if row.destroying.is_none() => {
-                let lacks_material = row.origin == EXTERNAL && !row.imported;
-                row.set_state(if lacks_material {
+                row.set_state(if row.lacks_material() {
                     KeyState::PendingImport
                 } else {
                     KeyState::Enabled
                 });
+                row.scheduled_ms = None;
                 row.delete_ms = None;
                 row.delete_observed_ms = None;
                 Ok(true)

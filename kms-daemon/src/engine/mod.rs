@@ -177,6 +177,7 @@ pub(crate) struct Info {
     pub(crate) is_suspended: bool,
     pub(crate) observed_ms: u64,
     pub(crate) now_ms: i64,
+    pub(crate) audit: CheckpointRow,
 }
 
 /// What a mount remembers, to refuse a kmsd that knows less.
@@ -458,6 +459,7 @@ impl Engine {
             is_suspended: self.is_suspended(),
             observed_ms: self.observed_ms(),
             now_ms: self.clock.now_ms(),
+            audit: self.audit.durable(),
         }
     }
 

@@ -12,7 +12,15 @@ const PAGE_SIZE_MAX: u32 = 100;
 pub(super) fn metadata(engine: &Engine, row: KeyRow) -> Result<proto::KeyMetadata, KmsError> {
     let id = Uuid::from_slice(&row.key_id).map_err(|_| damaged())?;
     let primary = Uuid::from_slice(&row.primary_version).map_err(|_| damaged())?;
-    let destroyed_ms = row.destroyed_ms.filter(|_| row.state() == KeyState::Destroyed);
+    let is_destroyed = row.state() == KeyState::Destroyed;
+    let versions = row.versions.iter().map(|version| {
+        Ok(proto::key_metadata::Version {
+            key_version_id: Uuid::from_slice(&version.version_id)
+                .map_err(|_| damaged())?
+                .to_string(),
+            creation_date_ms: version.created_ms,
+        })
+    });
     Ok(proto::KeyMetadata {
         key_id: id.to_string(),
         arn: engine.arn(id),
@@ -24,10 +32,14 @@ pub(super) fn metadata(engine: &Engine, row: KeyRow) -> Result<proto::KeyMetadat
         description: row.description,
         creator: row.creator_uid.to_string(),
         creation_date_ms: row.created_ms,
-        delete_date_ms: row.delete_ms,
+        delete_date_ms: row.delete_ms.filter(|_| !is_destroyed),
         primary_key_version: primary.to_string(),
-        destruction_date_ms: destroyed_ms,
+        destruction_date_ms: row.destroyed_ms.filter(|_| is_destroyed),
         material_expire_time_ms: row.material_expires_ms,
+        deletion_request_date_ms: row.scheduled_ms.filter(|_| is_destroyed),
+        deletion_due_date_ms: row.delete_ms.filter(|_| is_destroyed),
+        destruction_epoch: row.left_epoch.filter(|_| is_destroyed),
+        versions: versions.collect::<Result<_, KmsError>>()?,
     })
 }
 
@@ -59,6 +71,8 @@ pub(super) fn keystore(engine: &Engine, request_id: &str) -> proto::GetKeystoreI
         destruction_suspended: info.is_suspended,
         observed_ms: info.observed_ms,
         now_ms: info.now_ms,
+        audit_records: info.audit.records,
+        audit_head: info.audit.head,
         request_id: request_id.to_owned(),
     }
 }

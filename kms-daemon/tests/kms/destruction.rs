@@ -53,7 +53,15 @@ fn a_drill_destroys_a_key_when_its_window_has_passed_and_not_before() {
     let pending = describe(&kms, &dies);
     assert_eq!(pending["KeyState"], "PendingDeletion");
     assert_ne!(pending["DeleteDate"], "");
-    assert_eq!(pending.get("DestructionDate"), None);
+    for name in [
+        "DestructionDate",
+        "DestructionEpoch",
+        "DeletionDueDate",
+        "DeletionRequestDate",
+    ] {
+        assert_eq!(pending.get(name), None, "{name}");
+    }
+    assert_eq!(pending["KeyVersions"].as_array().unwrap().len(), 1);
 
     let late = advance(&kms, 60).unwrap();
     assert_eq!(late["DestroyedKeyIds"], serde_json::json!([dies]));
@@ -62,6 +70,13 @@ fn a_drill_destroys_a_key_when_its_window_has_passed_and_not_before() {
             let destroyed = describe(&kms, name);
             assert_eq!(destroyed["KeyState"], "Destroyed");
             assert_eq!(destroyed["DeleteDate"], "");
+            assert_eq!(destroyed["DeletionDueDate"], pending["DeleteDate"]);
+            assert!(
+                text(&destroyed["DeletionRequestDate"]).as_str()
+                    < text(&destroyed["DeletionDueDate"]).as_str()
+            );
+            assert_eq!(destroyed["DestructionEpoch"], 1);
+            assert_eq!(destroyed["KeyVersions"], pending["KeyVersions"]);
             assert!(text(&destroyed["DestructionDate"]).as_str() > text(&destroyed["CreationDate"]).as_str());
         }
         let refused = kms.decrypt(&dying, "{}").unwrap_err();
@@ -82,6 +97,20 @@ fn a_drill_destroys_a_key_when_its_window_has_passed_and_not_before() {
             (&2.into(), &true.into(), &"file".into(), &"none".into())
         );
         assert_eq!(info["DestructionSuspended"], false);
+        let log = kms.verify().unwrap();
+        let head = text(&info["AuditHead"]);
+        let home = kms.home();
+        let arguments = [
+            "audit",
+            "verify",
+            "--home",
+            home.to_str().unwrap(),
+            "--head",
+            &head,
+        ];
+        let witnessed = kms.ctl(&arguments).unwrap();
+        assert_eq!(witnessed["WitnessedRecords"], info["AuditRecords"]);
+        assert!(log["Records"].as_u64() > info["AuditRecords"].as_u64());
         kms.restart();
     }
     assert!(!kms.home().join("slot-1").exists() && !kms.home().join("root-1").exists());

@@ -1,12 +1,13 @@
-//! `cmkfs drill`, `cmkfs drill verify`, `cmkfs drill keygen`
+//! `cmkfs drill`, `cmkfs drill verify`, `cmkfs drill keygen`; `record` is the module of that name
 
+use super::record::{self, RecordArguments};
 use super::{Failure, control, existing_directory, read_superblock};
+use crate::adapters::drill::document::{Check, Kind, Outcome, Overall, sha256, sign};
 use crate::adapters::drill::markers::Nonce;
-use crate::adapters::drill::report::{Check, Outcome, Overall, sha256, sign};
 use crate::adapters::drill::sign::{PublicKey, SigningKey, make_files};
 use crate::adapters::drill::{self, LiveVolume, Progress, Request, Subject, html, verify};
 use crate::adapters::fuse;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde_json::Value;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -25,7 +26,10 @@ Examples:
   cmkfs drill keygen ~/drill.key                     a signing key; give ~/drill.key.pub to whoever is to verify
   cmkfs drill --nonce HEX --report report.json --html report.html --signing-key ~/drill.key
   cmkfs drill /srv/vault --yes --report report.json
-  cmkfs drill verify report.json --key drill.key.pub --nonce HEX";
+  cmkfs drill verify report.json --key drill.key.pub --nonce HEX
+
+A drill shows a capability. That a production key was destroyed is what 'cmkfs drill record' writes down: another document,
+which is never taken for this one.";
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -69,16 +73,23 @@ pub(super) struct DrillArguments {
 
 #[derive(Debug, Subcommand)]
 enum DrillCommand {
-    /// Check a report: that it was signed with this key, byte for byte, and that it follows from the logs in it.
+    /// Record that a key is destroyed: a document about one key, not about what the software can do.
+    #[command(after_help = record::HELP)]
+    Record(Box<RecordArguments>),
+    /// Check a report or a record: what it is, that it was signed with this key, byte for byte, and that it follows from what is
+    /// in it.
     Verify {
-        /// The report.
-        report: PathBuf,
+        /// The report, or the record.
+        file: PathBuf,
         /// The public key that you had before: a file, or 64 hexadecimal digits.
         #[arg(long, value_name = "PUBKEY")]
         key: String,
         /// The challenge that you chose.
         #[arg(long, value_name = "HEX")]
         nonce: Option<String>,
+        /// Accept this kind of document alone.
+        #[arg(long, value_name = "KIND")]
+        kind: Option<KindArgument>,
     },
     /// Make a signing key, and its public key in FILE.pub.
     Keygen {
@@ -88,6 +99,26 @@ enum DrillCommand {
     /// The drill's own observer.
     #[command(hide = true)]
     Observe,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum KindArgument {
+    /// Of a capability.
+    DrillReport,
+    /// Of a key that is destroyed.
+    DestructionRecord,
+    /// Of an imported key, of which our copy is gone.
+    RemovalRecord,
+}
+
+impl From<KindArgument> for Kind {
+    fn from(argument: KindArgument) -> Self {
+        match argument {
+            KindArgument::DrillReport => Self::DrillReport,
+            KindArgument::DestructionRecord => Self::DestructionRecord,
+            KindArgument::RemovalRecord => Self::RemovalRecord,
+        }
+    }
 }
 
 pub(super) fn run(arguments: DrillArguments, socket: &Path) -> Result<ExitCode, Failure> {
@@ -102,46 +133,79 @@ pub(super) fn run(arguments: DrillArguments, socket: &Path) -> Result<ExitCode, 
             ));
             Ok(ExitCode::SUCCESS)
         }
-        Some(DrillCommand::Verify { report, key, nonce }) => check(&report, &key, nonce.as_deref()),
+        Some(DrillCommand::Record(arguments)) => record::run(&arguments, socket),
+        Some(DrillCommand::Verify {
+            file,
+            key,
+            nonce,
+            kind,
+        }) => check(&file, &key, nonce.as_deref(), kind.map(Kind::from)),
         None => hold(&arguments, socket),
     }
 }
 
-fn check(path: &Path, key: &str, nonce: Option<&str>) -> Result<ExitCode, Failure> {
+/// What is shown of a document, beside its result.
+const OF_REPORT: [(&str, &str); 6] = [
+    ("began", "/time/began"),
+    ("host", "/host/name"),
+    ("operator", "/operator"),
+    ("challenge", "/nonce"),
+    ("clock", "/clock"),
+    ("erasure", "/erasure"),
+];
+const OF_RECORD: [(&str, &str); 10] = [
+    ("title", "/title"),
+    ("statement", "/statement"),
+    ("key", "/key/arn"),
+    ("recorded", "/time/recorded"),
+    ("host", "/host/name"),
+    ("operator", "/operator"),
+    ("witness", "/witness"),
+    ("challenge", "/nonce"),
+    ("clock", "/clock"),
+    ("erasure", "/erasure_worth"),
+];
+
+fn check(path: &Path, key: &str, nonce: Option<&str>, kind: Option<Kind>) -> Result<ExitCode, Failure> {
     let key = PublicKey::read(key)?;
     let nonce = nonce.map(Nonce::parse).transpose()?;
-    let named = |error: &dyn std::fmt::Display| format!("report {}: {error}", path.display());
+    let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let length = std::fs::metadata(path).map_err(|error| named(&error))?.len();
     if length > verify::BYTES_MAX {
-        return Err(named(&"it is too long to be one"));
+        return Err(named(&"it is too long to be a report or a record"));
     }
     let bytes = std::fs::read(path).map_err(|error| named(&error))?;
     let verified = verify::verify(&bytes, key, nonce).map_err(|error| named(&error))?;
-    let text = |name: &str| {
-        verified
-            .report
-            .pointer(name)
-            .and_then(Value::as_str)
-            .unwrap_or("not known")
-    };
+    if let Some(kind) = kind {
+        verified.must_be(kind).map_err(|error| named(&error))?;
+    }
     say(&format!(
-        "genuine drill report, signed with {}\n  result     {}\n  began      {}\n  host       {}\n  operator   {}\n  challenge  {} ({})\n  \
-         clock      {}\n  erasure    {}",
+        "genuine {}, signed with {}\n  {:<10} {}",
+        verified.kind.name(),
         key.text(),
+        "result",
         verified.overall.name(),
-        text("/time/began"),
-        text("/host/name"),
-        text("/operator"),
-        text("/nonce"),
-        match nonce {
-            Some(_) => "yours",
-            None => "compare it with yours, or give --nonce",
-        },
-        text("/clock"),
-        text("/erasure"),
     ));
+    let shown: &[(&str, &str)] = match verified.kind {
+        Kind::DrillReport => &OF_REPORT,
+        Kind::DestructionRecord | Kind::RemovalRecord => &OF_RECORD,
+    };
+    for (name, pointer) in shown {
+        let value = verified.content.pointer(pointer).and_then(Value::as_str);
+        let hint = match (*name, nonce, value) {
+            ("challenge", Some(_), _) => " (yours)",
+            ("challenge", None, Some(_)) => " (compare it with yours, or give --nonce)",
+            _ => "",
+        };
+        let absent = match *name {
+            "challenge" => "none",
+            _ => "not known",
+        };
+        let value = printable(value.unwrap_or(absent));
+        say(&format!("  {name:<10} {value}{hint}"));
+    }
     for check in verified
-        .report
+        .content
         .get("checks")
         .and_then(Value::as_array)
         .into_iter()
@@ -151,16 +215,16 @@ fn check(path: &Path, key: &str, nonce: Option<&str>) -> Result<ExitCode, Failur
         if text("result") != Outcome::Pass.name() {
             say(&format!(
                 "  {:<10} {}: {}",
-                text("result"),
-                text("claim"),
-                text("detail")
+                printable(text("result")),
+                printable(text("claim")),
+                printable(text("detail"))
             ));
         }
     }
     Ok(status(verified.overall))
 }
 
-fn status(overall: Overall) -> ExitCode {
+pub(super) fn status(overall: Overall) -> ExitCode {
     match overall {
         Overall::Pass | Overall::Incomplete => ExitCode::SUCCESS,
         Overall::Failed => ExitCode::FAILURE,
@@ -170,14 +234,8 @@ fn status(overall: Overall) -> ExitCode {
 fn hold(arguments: &DrillArguments, socket: &Path) -> Result<ExitCode, Failure> {
     // Whatever may be wrong with the command line is, before anything is done.
     let nonce = arguments.nonce.as_deref().map(Nonce::parse).transpose()?;
-    let key = match &arguments.signing_key {
-        Some(path) => SigningKey::read(path)?,
-        None => SigningKey::generate()?,
-    };
-    for path in [&arguments.report, &arguments.html].into_iter().flatten() {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        existing_directory(parent.unwrap_or(Path::new(".")), "directory")?;
-    }
+    let key = signing_key(arguments.signing_key.as_deref())?;
+    parents_exist([&arguments.report, &arguments.html])?;
     let subject = match &arguments.volume {
         Some(path) => Subject::Volume(live(path, arguments.yes, socket)?),
         None => Subject::Scratch,
@@ -199,11 +257,11 @@ fn hold(arguments: &DrillArguments, socket: &Path) -> Result<ExitCode, Failure> 
     let mut findings = drill::run(&request, &mut |progress| screen.show(&progress))?;
     screen.clear();
     if arguments.signing_key.is_none() {
-        let note = "made for this report alone: it proves nothing about who made it";
-        findings.facts.insert("signing_key".to_owned(), Value::from(note));
+        let note = Value::from(made_for_this("report"));
+        findings.facts.insert("signing_key".to_owned(), note);
     }
     let report = findings.value();
-    let bytes = sign(report.clone(), &key);
+    let bytes = sign(Kind::DrillReport, &report, &key);
     if let Some(path) = &arguments.report {
         write(path, &bytes)?;
     }
@@ -212,31 +270,48 @@ fn hold(arguments: &DrillArguments, socket: &Path) -> Result<ExitCode, Failure> 
         write(path, page.as_bytes())?;
     }
     let overall = findings.overall();
-    let count = |outcome| {
-        findings
-            .checks
-            .iter()
-            .filter(|check| check.outcome == outcome)
-            .count()
-    };
-    if !screen.is_terminal {
-        for check in findings
-            .checks
-            .iter()
-            .filter(|check| check.outcome == Outcome::Fail)
-        {
-            say(&line(check));
-        }
+    failed_lines(&screen, &findings.checks);
+    count_line("drill", overall, &findings.checks, &key);
+    Ok(status(overall))
+}
+
+/// The key that was named, or one for this document alone.
+pub(super) fn signing_key(path: Option<&Path>) -> Result<SigningKey, Failure> {
+    path.map_or_else(SigningKey::generate, SigningKey::read)
+}
+
+pub(super) fn made_for_this(document: &str) -> String {
+    format!("made for this {document} alone: it proves nothing about who made it")
+}
+
+/// Whether there is a place for what is to be written.
+pub(super) fn parents_exist(paths: [&Option<PathBuf>; 2]) -> Result<(), Failure> {
+    for path in paths.into_iter().flatten() {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        existing_directory(parent.unwrap_or(Path::new(".")), "directory")?;
     }
+    Ok(())
+}
+
+/// What did not hold, where it was not shown already.
+pub(super) fn failed_lines(screen: &Screen, checks: &[Check]) {
+    let failed = checks.iter().filter(|check| check.outcome == Outcome::Fail);
+    if !screen.is_terminal {
+        failed.for_each(|check| say(&line(check)));
+    }
+}
+
+/// What it all came to.
+pub(super) fn count_line(what: &str, overall: Overall, checks: &[Check], key: &SigningKey) {
+    let count = |outcome| checks.iter().filter(|check| check.outcome == outcome).count();
     say(&format!(
-        "drill: {}: {} PASS, {} FAIL, {} NOT TESTED; signed with {}",
+        "{what}: {}: {} PASS, {} FAIL, {} NOT TESTED; signed with {}",
         overall.name(),
         count(Outcome::Pass),
         count(Outcome::Fail),
         count(Outcome::NotTested),
         key.public().text()
     ));
-    Ok(status(overall))
 }
 
 /// Finds the mount of a volume.
@@ -278,7 +353,7 @@ fn live(path: &Path, is_agreed: bool, socket: &Path) -> Result<LiveVolume, Failu
     })
 }
 
-fn user() -> String {
+pub(super) fn user() -> String {
     let uid = rustix::process::getuid().as_raw();
     let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
     let own = passwd
@@ -290,7 +365,7 @@ fn user() -> String {
     }
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
     std::fs::write(path, bytes).map_err(|error| format!("{}: {error}", path.display()))
 }
 
@@ -300,24 +375,34 @@ fn say(text: &str) {
 }
 
 fn line(check: &Check) -> String {
-    format!("  {:<10} {}: {}", check.outcome.name(), check.claim, check.detail)
+    let (claim, detail) = (printable(&check.claim), printable(&check.detail));
+    format!("  {:<10} {claim}: {detail}", check.outcome.name())
+}
+
+/// What others wrote, without what moves a terminal's cursor.
+fn printable(text: &str) -> String {
+    let shown = |letter: char| match letter.is_control() {
+        true => letter.escape_unicode().to_string(),
+        false => letter.to_string(),
+    };
+    text.chars().map(shown).collect()
 }
 
 /// Shows what happens on a terminal, and nothing in a pipe.
-struct Screen {
+pub(super) struct Screen {
     is_terminal: bool,
     width: usize,
 }
 
 impl Screen {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             is_terminal: std::io::stdout().is_terminal() && std::io::stderr().is_terminal(),
             width: 0,
         }
     }
 
-    fn show(&mut self, progress: &Progress<'_>) {
+    pub(super) fn show(&mut self, progress: &Progress<'_>) {
         if !self.is_terminal {
             return;
         }
@@ -338,7 +423,7 @@ impl Screen {
         }
     }
 
-    fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         if self.width > 0 {
             let _heard = write!(std::io::stderr(), "\r{:width$}\r", "", width = self.width + 3);
             self.width = 0;

@@ -9,6 +9,7 @@ mod harden;
 mod logging;
 mod mount;
 mod options;
+mod record;
 mod revoke;
 mod setkey;
 mod status;
@@ -40,6 +41,8 @@ Examples:
   cmkfs umount ~/private                        returns when everything is on disk
   cmkfs fsck --scrub ~/vault                    check every record and every block of an unmounted volume
   cmkfs drill --report r.json --html r.html     take a key away, give it back, destroy it, on a scratch volume; with evidence
+  cmkfs drill record --key-id KEY --report r.json
+                                                what is known of a key that is destroyed, signed
 
 The socket of kmsd is --socket, else $KMS_SOCKET, else $XDG_RUNTIME_DIR/kmsd/kmsd.sock, else /run/kmsd/kmsd.sock.
 What a program sees when the key may not be used: EKEYREVOKED while it is disabled or pending deletion, ENOKEY once

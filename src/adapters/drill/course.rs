@@ -1,10 +1,12 @@
 //! Steps 1 to 4: markers are written, the key is taken away under load, everything is searched, the key is given back.
 
 use super::copies::{Collector, copy};
+use super::document::{Check, Outcome};
+use super::kms::Kms;
 use super::markers::{Kind, Markers};
 use super::observer::boottime_ns;
-use super::report::{Check, Findings, Outcome, Phase};
-use super::scratch::{Kms, Scratch, wait_until};
+use super::report::{Findings, Phase};
+use super::scratch::{Scratch, wait_until};
 use super::timeline::{Access, Darkness, Record};
 use super::watch::Watch;
 use super::{Progress, Request, facts, pause};
@@ -74,7 +76,7 @@ impl<'r> Course<'r> {
     fn note(&mut self, id: &'static str, step: u8, claim: &str, (outcome, detail): (Outcome, String)) {
         let check = Check {
             id,
-            step,
+            step: Some(step),
             claim: claim.to_owned(),
             outcome,
             detail,
@@ -705,8 +707,8 @@ fn is_lock(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::document::Overall;
     use super::super::markers::Nonce;
-    use super::super::report::Overall;
     use super::super::timeline::tests::{DARK, good};
     use super::super::watch::Load;
     use super::*;

@@ -2,7 +2,8 @@
 
 use super::copies::Collector;
 use super::course::Course;
-use super::report::sha256;
+use super::document::sha256;
+use super::facts;
 use super::scratch::Scratch;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -228,20 +229,7 @@ impl Course<'_> {
         facts.insert("erasure".to_owned(), json!(erasure));
         facts.insert("root_slot".to_owned(), json!(slot));
         let claim = "the medium of the old slot cannot give its content again";
-        if erasure == "device" {
-            self.not_tested(
-                "erasure",
-                5,
-                claim,
-                "erasure = device: that the device keeps what it declares is its maker's claim",
-            );
-        } else {
-            let why = format!(
-                "erasure = {erasure}: overwriting and unlinking a slot of the kind '{slot}' erases no medium; its bytes may live on \
-                 in flash, journals, snapshots and backups, and whoever has them recovers everything"
-            );
-            self.not_tested("erasure", 5, claim, &why);
-        }
+        self.not_tested("erasure", 5, claim, &facts::erasure_worth(erasure, slot));
     }
 }
 

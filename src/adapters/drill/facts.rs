@@ -8,9 +8,52 @@ use kms_client::proto::{GetKeystoreInfoResponse, KeyMetadata};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
+pub(super) const ALWAYS_ENCRYPTED: &str = "Data was encrypted before it first reached the host's storage, and at no time written \
+    otherwise: AES-256-GCM-SIV under a key for each file, wrapped by the customer master key (docs/format.md)";
+pub(super) const ALGORITHMS: &str = "AES-256-GCM-SIV (RFC 8452), HKDF-SHA-256 (RFC 5869), HMAC-SHA-256. AES-GCM-SIV is not a \
+    NIST-approved mode of operation, and this module is not validated (FIPS 140-3): neither must be claimed";
+pub(super) const UNKNOWN_COPIES: &str = "unknown copies are not covered";
+
 /// In RFC 3339, in UTC.
-fn now() -> String {
+pub(super) fn now() -> String {
     jiff::Timestamp::now().to_string()
+}
+
+/// The same of a time that kmsd told, in milliseconds since the Unix epoch.
+pub(super) fn time(ms: i64) -> String {
+    jiff::Timestamp::from_millisecond(ms).map_or_else(|_| format!("{ms} ms"), |time| time.to_string())
+}
+
+/// Where this runs.
+pub(super) fn host() -> Value {
+    json!({
+        "name": line_of("/proc/sys/kernel/hostname"),
+        "kernel": line_of("/proc/sys/kernel/osrelease"),
+        "boot_id": line_of("/proc/sys/kernel/random/boot_id"),
+    })
+}
+
+/// From what is destroyed down to what becomes noise.
+pub(super) fn hierarchy(slot: &str, root: &str) -> String {
+    format!(
+        "{slot} -> {root} -> material of the customer master key -> volume key, data key of each file -> keys that seal records, \
+         names and blocks (docs/kms-format.md, docs/format.md)"
+    )
+}
+
+/// What destroying a slot is worth, and never more.
+pub(super) fn erasure_worth(erasure: &str, slot: &str) -> String {
+    if erasure == "device" {
+        return "erasure = device: that the device keeps what it declares is its maker's claim".to_owned();
+    }
+    format!(
+        "erasure = {erasure}: overwriting and unlinking a slot of the kind '{slot}' erases no medium; its bytes may live on in \
+         flash, journals, snapshots and backups, and whoever has them recovers everything"
+    )
+}
+
+pub(super) fn witness(named: Option<&str>) -> &str {
+    named.unwrap_or("none named")
 }
 
 fn line_of(path: &str) -> Value {
@@ -43,23 +86,16 @@ pub(super) fn of_run(request: &Request) -> Map<String, Value> {
         "nonce": request.nonce.text(),
         "nonce_origin": if request.is_challenge { "chosen by the verifier" } else { "drawn by the drill itself" },
         "operator": request.operator,
-        "witness": request.witness.as_deref().unwrap_or("none named"),
-        "host": {
-            "name": line_of("/proc/sys/kernel/hostname"),
-            "kernel": line_of("/proc/sys/kernel/osrelease"),
-            "boot_id": line_of("/proc/sys/kernel/random/boot_id"),
-        },
+        "witness": witness(request.witness.as_deref()),
+        "host": host(),
         "time": { "began": now(), "clock_of_logs": "CLOCK_BOOTTIME, nanoseconds" },
         "tool": tool(None),
         "media": media,
         "method": "revocation and, on a scratch volume, cryptographic erase: the key is destroyed, the ciphertext stays. Key by key; \
                    no medium is overwritten",
-        "always_encrypted": "Data was encrypted before it first reached the host's storage, and at no time written otherwise: \
-                             AES-256-GCM-SIV under a key for each file, wrapped by the customer master key (docs/format.md)",
-        "algorithms": "AES-256-GCM-SIV (RFC 8452), HKDF-SHA-256 (RFC 5869), HMAC-SHA-256. AES-GCM-SIV is not a NIST-approved mode of \
-                       operation, and this module is not validated (FIPS 140-3): neither must be claimed",
-        "key_hierarchy": "root slot -> root key of an epoch -> material of the customer master key -> volume key, data key of each \
-                          file -> keys that seal records, names and blocks (docs/kms-format.md, docs/format.md)",
+        "always_encrypted": ALWAYS_ENCRYPTED,
+        "algorithms": ALGORITHMS,
+        "key_hierarchy": hierarchy("root slot", "root key of an epoch"),
         "known_copies": known_copies(&request.subject),
         "observer": if rustix::process::geteuid().is_root() {
             format!("a process of its own, uid {}", super::course::NOBODY)
@@ -74,7 +110,7 @@ pub(super) fn of_run(request: &Request) -> Map<String, Value> {
 }
 
 fn known_copies(subject: &Subject) -> Value {
-    let unknown = "unknown copies are not covered";
+    let unknown = UNKNOWN_COPIES;
     match subject {
         Subject::Scratch => json!({
             "backups": "none: nothing was backed up in this drill",

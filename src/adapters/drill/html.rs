@@ -1,4 +1,5 @@
-//! A report as one page that a person understands: no script, nothing from elsewhere.
+//! A document as one page that a person understands: no script, nothing from elsewhere. What pages have in common, and that of a
+//! report.
 
 use super::timeline::{Access, Record, parse};
 use serde_json::Value;
@@ -21,7 +22,7 @@ td,th{text-align:left;vertical-align:top;padding:.3em .6em;border-bottom:1px sol
 .box{border:2px solid;border-radius:8px;padding:.8em 1em;margin:1em 0}.note{background:#fff7e0;padding:.6em 1em}\
 .claim{width:34%}code{font-size:.85em;overflow-wrap:anywhere}svg{width:100%;height:auto;font:12px system-ui,sans-serif}small{color:#566}";
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for letter in text.chars() {
         match letter {
@@ -35,7 +36,7 @@ fn escape(text: &str) -> String {
     out
 }
 
-fn text(of: &Value, name: &str) -> String {
+pub(super) fn text(of: &Value, name: &str) -> String {
     match of.pointer(name) {
         Some(Value::String(text)) => escape(text),
         None | Some(Value::Null) => "not known".to_owned(),
@@ -43,7 +44,7 @@ fn text(of: &Value, name: &str) -> String {
     }
 }
 
-fn list<'v>(of: &'v Value, name: &str) -> &'v [Value] {
+pub(super) fn list<'v>(of: &'v Value, name: &str) -> &'v [Value] {
     of.get(name)
         .and_then(Value::as_array)
         .map(Vec::as_slice)
@@ -64,7 +65,47 @@ pub fn page(report: &Value, public_key: &str, digest: &str) -> String {
 }
 
 fn write_page(out: &mut String, report: &Value, public_key: &str, digest: &str) -> std::fmt::Result {
-    let result = text(report, "/result");
+    begin(
+        out,
+        report,
+        "Drill report",
+        &["/time/began", "/host/name", "/mode"],
+    )?;
+    notes(
+        out,
+        report,
+        &[
+            ("This is not a destruction record.", "/not_a_destruction_record"),
+            ("Clock:", "/clock"),
+        ],
+    )?;
+    writeln!(
+        out,
+        "<p><b>Erasure = {}</b> (root slot: {}). {RENDERING}</p>",
+        text(report, "/erasure"),
+        text(report, "/root_slot"),
+    )?;
+    checks(out, report)?;
+    out.push_str("<h2>Timeline</h2>\n<p>Each row is a way to get at the data. Green: accesses succeeded. Grey: they were \
+                  refused. Red: one that began after DisableKey had returned succeeded. White: none was made, or one waits for a process \
+                  that was stopped. The log has every access.</p>\n");
+    for phase in list(report, "phases") {
+        chart(out, report, phase)?;
+    }
+    out.push_str("<h2>Facts</h2>\n");
+    facts(out, report, &FACTS)?;
+    let logs = list(report, "logs").iter().chain(list(report, "recovery_runs"));
+    let logs = logs.map(|log| (text(log, "/name"), text(log, "/sha256")));
+    end(out, report, logs, public_key, digest)
+}
+
+/// What a page is worth.
+pub(super) const RENDERING: &str = "This page is a rendering. What counts is the signed file: check it with <code>cmkfs drill \
+    verify FILE --key PUBKEY</code>, with a key that you had before.";
+
+/// The head of a page: what it is, then what it comes to.
+pub(super) fn begin(out: &mut String, document: &Value, title: &str, line: &[&str]) -> std::fmt::Result {
+    let result = text(document, "/result");
     let meaning = match result.as_str() {
         "PASS" => "Every check was made, and held.",
         "INCOMPLETE" => {
@@ -72,57 +113,82 @@ fn write_page(out: &mut String, report: &Value, public_key: &str, digest: &str) 
         }
         _ => "Something did not hold; see below.",
     };
-    write!(
-        out,
-        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>Drill report: {result}</title>\
-         <style>{STYLE}</style></head><body>\n<h1>Drill report</h1>\n<p>{} &#183; {} &#183; {}</p>\n\
-         <div class=\"box {result}\"><span class=\"b\">{result}</span> &#8211; {meaning}</div>\n\
-         <p class=\"note\"><b>This is not a destruction record.</b> {}</p>\n<p class=\"note\"><b>Clock:</b> {}</p>\n",
-        text(report, "/time/began"),
-        text(report, "/host/name"),
-        text(report, "/mode"),
-        text(report, "/not_a_destruction_record"),
-        text(report, "/clock"),
-    )?;
+    let title = escape(title);
+    let line: Vec<String> = line.iter().map(|pointer| text(document, pointer)).collect();
     writeln!(
         out,
-        "<p><b>Erasure = {}</b> (root slot: {}). This page is a rendering. What counts is the signed file: check it with \
-         <code>cmkfs drill verify REPORT --key PUBKEY</code>, with a key that you had before.</p>",
-        text(report, "/erasure"),
-        text(report, "/root_slot"),
+        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"/><title>{title}: {result}</title>\
+         <style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n<p>{}</p>\n\
+         <div class=\"box {result}\"><span class=\"b\">{result}</span> &#8211; {meaning}</div>",
+        line.join(" &#183; "),
+    )
+}
+
+/// What must not be overlooked.
+pub(super) fn notes(out: &mut String, document: &Value, notes: &[(&str, &str)]) -> std::fmt::Result {
+    for (what, pointer) in notes {
+        writeln!(
+            out,
+            "<p class=\"note\"><b>{what}</b> {}</p>",
+            text(document, pointer)
+        )?;
+    }
+    Ok(())
+}
+
+pub(super) fn checks(out: &mut String, document: &Value) -> std::fmt::Result {
+    let checks = list(document, "checks");
+    let has_steps = checks.iter().any(|check| check.get("step").is_some());
+    let step = |cell: String| if has_steps { cell } else { String::new() };
+    writeln!(
+        out,
+        "<h2>What was checked</h2>\n<table><tr>{}<th>result</th><th class=\"claim\">claim</th><th>what was seen</th></tr>",
+        step("<th>step</th>".to_owned()),
     )?;
-    out.push_str("<h2>What was checked</h2>\n<table><tr><th>step</th><th>result</th><th class=\"claim\">claim</th><th>what was seen</th></tr>\n");
-    for check in list(report, "checks") {
+    for check in checks {
         let result = text(check, "/result");
         writeln!(
             out,
-            "<tr><td>{}</td><td class=\"b {result}\">{result}</td><td>{}</td><td><small>{}</small></td></tr>",
-            text(check, "/step"),
+            "<tr>{}<td class=\"b {result}\">{result}</td><td>{}</td><td><small>{}</small></td></tr>",
+            step(format!("<td>{}</td>", text(check, "/step"))),
             text(check, "/claim"),
             text(check, "/detail"),
         )?;
     }
-    out.push_str("</table>\n<h2>Timeline</h2>\n<p>Each row is a way to get at the data. Green: accesses succeeded. Grey: they were \
-                  refused. Red: one that began after DisableKey had returned succeeded. White: none was made, or one waits for a process \
-                  that was stopped. The log has every access.</p>\n");
-    for phase in list(report, "phases") {
-        chart(out, report, phase)?;
+    out.push_str("</table>\n");
+    Ok(())
+}
+
+pub(super) fn facts(out: &mut String, document: &Value, facts: &[(&str, &str)]) -> std::fmt::Result {
+    out.push_str("<table>\n");
+    for (name, pointer) in facts {
+        writeln!(
+            out,
+            "<tr><th>{name}</th><td>{}</td></tr>",
+            text(document, pointer)
+        )?;
     }
-    out.push_str("<h2>Facts</h2>\n<table>\n");
-    for (name, pointer) in FACTS {
-        writeln!(out, "<tr><th>{name}</th><td>{}</td></tr>", text(report, pointer))?;
-    }
-    out.push_str("</table>\n<h2>Out of reach</h2>\n<ul>\n");
-    for limit in list(report, "limits") {
+    out.push_str("</table>\n");
+    Ok(())
+}
+
+/// The foot of a page: what is out of reach, and the digests of what it follows from.
+pub(super) fn end(
+    out: &mut String,
+    document: &Value,
+    evidence: impl Iterator<Item = (String, String)>,
+    public_key: &str,
+    digest: &str,
+) -> std::fmt::Result {
+    out.push_str("<h2>Out of reach</h2>\n<ul>\n");
+    for limit in list(document, "limits") {
         writeln!(out, "<li>{}</li>", escape(limit.as_str().unwrap_or_default()))?;
     }
     out.push_str("</ul>\n<h2>Evidence</h2>\n<table>\n");
-    for log in list(report, "logs").iter().chain(list(report, "recovery_runs")) {
+    for (name, digest) in evidence {
         writeln!(
             out,
-            "<tr><th>{}</th><td><code>SHA-256 {}</code></td></tr>",
-            text(log, "/name"),
-            text(log, "/sha256")
+            "<tr><th>{name}</th><td><code>SHA-256 {digest}</code></td></tr>"
         )?;
     }
     write!(

@@ -4,7 +4,7 @@
 use super::LiveVolume;
 use super::course::Course;
 use super::facts;
-use super::scratch::Kms;
+use super::kms::Kms;
 use kms_client::Client;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -4,11 +4,14 @@
 mod copies;
 mod course;
 mod destruction;
+pub mod document;
 mod facts;
 pub mod html;
+mod kms;
 mod live;
 pub mod markers;
 pub mod observer;
+pub mod record;
 pub mod report;
 pub mod scratch;
 pub mod sign;
@@ -17,8 +20,9 @@ pub mod verify;
 mod watch;
 
 use course::Course;
+use document::Check;
 use markers::Nonce;
-use report::{Check, Findings};
+use report::Findings;
 use scratch::{Programs, Scratch};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,99 +1,11 @@
 //! The drill report: what was tested, how it came out, and everything that it follows from. It is a statement about a
 //! capability, on data made for the purpose; it is no destruction record, which is about a production key.
 
+use super::document::{Check, Kind, Overall, sha256};
 use super::markers::Expected;
-use super::sign::SigningKey;
 use super::timeline::{self, Darkness};
 use super::watch::Load;
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
-
-/// What a report says that it is.
-pub const DOCUMENT: &str = "drill report";
-/// Version of the report's fields.
-pub const FORMAT: u64 = 1;
-/// What a signature covers begins with this, so that it is worth nothing for anything else.
-const SIGNED: &[u8] = b"cmkfs drill report 1\0";
-
-/// How a check came out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// It held.
-    Pass,
-    /// It did not.
-    Fail,
-    /// Nothing is known of it.
-    NotTested,
-}
-
-impl Outcome {
-    /// As it stands in a report.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Pass => "PASS",
-            Self::Fail => "FAIL",
-            Self::NotTested => "NOT TESTED",
-        }
-    }
-
-    pub(super) fn parse(name: &str) -> Option<Self> {
-        [Self::Pass, Self::Fail, Self::NotTested]
-            .into_iter()
-            .find(|outcome| outcome.name() == name)
-    }
-}
-
-/// What a whole drill comes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Overall {
-    /// Every check was made, and held.
-    Pass,
-    /// What was checked held; something could not be.
-    Incomplete,
-    /// Something did not hold.
-    Failed,
-}
-
-impl Overall {
-    /// What these checks come to: none at all prove nothing.
-    pub fn of(outcomes: impl IntoIterator<Item = Outcome>) -> Self {
-        let mut sum = None;
-        for outcome in outcomes {
-            sum = Some(match (sum, outcome) {
-                (Some(Self::Failed), _) | (_, Outcome::Fail) => Self::Failed,
-                (Some(Self::Incomplete), _) | (_, Outcome::NotTested) => Self::Incomplete,
-                _ => Self::Pass,
-            });
-        }
-        sum.unwrap_or(Self::Failed)
-    }
-
-    /// As it stands in a report.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Pass => "PASS",
-            Self::Incomplete => "INCOMPLETE",
-            Self::Failed => "FAILED",
-        }
-    }
-}
-
-/// One check.
-#[derive(Debug, Clone)]
-pub struct Check {
-    /// A word for programs.
-    pub id: &'static str,
-    /// Of the drill.
-    pub step: u8,
-    /// What is claimed, for people.
-    pub claim: String,
-    /// How it came out.
-    pub outcome: Outcome,
-    /// What was seen.
-    pub detail: String,
-}
 
 /// One time that the key was taken away under the eyes of an observer.
 #[derive(Debug, Clone)]
@@ -203,15 +115,7 @@ impl Findings {
         let mut checks: Vec<&Check> = self.checks.iter().collect();
         // They were made in another order: three times a key is taken away and given back.
         checks.sort_by_key(|check| check.step);
-        let checks = checks.into_iter().map(|check| {
-            json!({
-                "id": check.id,
-                "step": check.step,
-                "claim": check.claim,
-                "result": check.outcome.name(),
-                "detail": check.detail,
-            })
-        });
+        let checks = checks.into_iter().map(Check::value);
         let markers = self.markers.iter().map(|marker| {
             json!({
                 "kind": marker.kind.name(),
@@ -230,8 +134,8 @@ impl Findings {
         });
         let mut report = self.facts.clone();
         let mut put = |name: &str, value: Value| report.insert(name.to_owned(), value);
-        put("document", json!(DOCUMENT));
-        put("format", json!(FORMAT));
+        put("document", json!(Kind::DrillReport.name()));
+        put("format", json!(Kind::FORMAT));
         put(
             "not_a_destruction_record",
             json!(
@@ -247,54 +151,5 @@ impl Findings {
         put("limits", json!(self.limits));
         put("result", json!(self.overall().name()));
         Value::Object(report)
-    }
-}
-
-/// Lower-case hexadecimal digits of a SHA-256 digest.
-#[must_use]
-pub fn sha256(bytes: &[u8]) -> String {
-    hex::encode(Sha256::digest(bytes))
-}
-
-/// What a signature of this report covers.
-pub(super) fn signed_bytes(report: &Value) -> Vec<u8> {
-    [SIGNED, report.to_string().as_bytes()].concat()
-}
-
-/// The bytes of a report's file. There is one such file for a document: what differs by a byte is another, or none.
-pub(super) fn file_bytes(document: &Value) -> Vec<u8> {
-    format!("{document:#}\n").into_bytes()
-}
-
-/// Signs a report, and gives the bytes of its file.
-#[must_use]
-pub fn sign(report: Value, key: &SigningKey) -> Vec<u8> {
-    let signature = key.sign(&signed_bytes(&report));
-    file_bytes(&json!({
-        "report": report,
-        "signature": {
-            "algorithm": "Ed25519",
-            "public_key": key.public().text(),
-            "value": hex::encode(signature),
-        },
-    }))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn whatever_was_not_tested_bars_a_pass_and_whatever_failed_anything_better() {
-        use Outcome::{Fail, NotTested, Pass};
-        for (outcomes, overall) in [
-            (vec![Pass, Pass], Overall::Pass),
-            (vec![Pass, NotTested, Pass], Overall::Incomplete),
-            (vec![NotTested, Fail, Pass], Overall::Failed),
-            (vec![Fail, NotTested], Overall::Failed),
-            (vec![], Overall::Failed),
-        ] {
-            assert_eq!(Overall::of(outcomes.clone()), overall, "{outcomes:?}");
-        }
     }
 }

@@ -1,78 +1,142 @@
-//! What anybody can check of a report, with the key that was pinned: that it was signed so, byte for byte, and that what it
-//! claims follows from the logs in it.
+//! What anybody can check of a document, with the key that was pinned: which kind it is, that it was signed so, byte for byte, and
+//! that what it claims follows from what is in it.
 
-use super::markers::{Kind, Markers, Nonce};
-use super::report::{DOCUMENT, FORMAT, Outcome, Overall, Phase, file_bytes, judge, sha256, signed_bytes};
+use super::document::{Kind, Outcome, Overall, file_bytes, sha256};
+use super::markers::{Kind as Marker, Markers, Nonce};
+use super::record;
+use super::report::{Phase, judge};
 use super::sign::PublicKey;
 use super::timeline::Darkness;
 use serde_json::Value;
 
-/// Longest report that is read.
+/// Longest document that is read.
 pub const BYTES_MAX: u64 = 1 << 30;
 
-/// What a report that is genuine says.
+/// What a document that is genuine says.
 #[derive(Debug)]
 pub struct Verified {
-    /// The report.
-    pub report: Value,
+    /// What it is.
+    pub kind: Kind,
+    /// The document.
+    pub content: Value,
     /// What it comes to.
     pub overall: Overall,
 }
 
-/// Checks a report's bytes against the pinned key, and against the nonce if the verifier chose one.
+impl Verified {
+    /// Whether it is what was asked for.
+    ///
+    /// # Errors
+    /// It is another kind of document.
+    pub fn must_be(&self, expected: Kind) -> Result<(), String> {
+        if self.kind == expected {
+            return Ok(());
+        }
+        Err(format!(
+            "it is a {}, and no {}",
+            self.kind.name(),
+            expected.name()
+        ))
+    }
+}
+
+/// Checks a document's bytes against the pinned key, and against the nonce if the verifier chose one.
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn verify(bytes: &[u8], key: PublicKey, nonce: Option<Nonce>) -> Result<Verified, String> {
-    let mut document: Value =
-        serde_json::from_slice(bytes).map_err(|error| format!("it is no report: {error}"))?;
+    let mut document: Value = serde_json::from_slice(bytes)
+        .map_err(|error| format!("it is neither a drill report nor a record: {error}"))?;
     if file_bytes(&document) != bytes {
         return Err("its bytes are not those that were signed: it was reformatted or changed".to_owned());
     }
-    let text = |name: &str| {
-        document
-            .pointer(&format!("/signature/{name}"))
-            .and_then(Value::as_str)
-    };
-    if text("algorithm") != Some("Ed25519") || document.as_object().map(serde_json::Map::len) != Some(2) {
-        return Err("it is no signed drill report".to_owned());
+    let members = document.as_object().map(serde_json::Map::len);
+    let content = ["report", "record"]
+        .into_iter()
+        .find_map(|name| document.get(name));
+    let content = content
+        .filter(|_| members == Some(2))
+        .ok_or("it is neither a signed drill report nor a signed record")?;
+    let kind = Kind::of(content).ok_or("it does not say what it is, or is of a later version")?;
+    let member = kind.member();
+    if document.get(member).is_none() {
+        return Err(format!(
+            "it says that it is a {}, and its file that it is something else",
+            kind.name()
+        ));
+    }
+    check_signature(&document, kind, content, key)?;
+    let content = document.get_mut(member).map(Value::take).unwrap_or_default();
+    if number(&content, "format")? != Kind::FORMAT {
+        return Err(format!("it is no {} of this version", kind.name()));
+    }
+    let overall = overall(&content)?;
+    let said = content.get("nonce").and_then(Value::as_str);
+    if nonce.is_some_and(|nonce| said != Some(nonce.text().as_str())) {
+        return Err("it answers another challenge than the nonce that was given".to_owned());
+    }
+    match kind {
+        Kind::DrillReport => follows(&content)?,
+        Kind::DestructionRecord | Kind::RemovalRecord => record::verify::follows(kind, &content)?,
+    }
+    Ok(Verified {
+        kind,
+        content,
+        overall,
+    })
+}
+
+fn check_signature(document: &Value, kind: Kind, content: &Value, key: PublicKey) -> Result<(), String> {
+    let signature = document.get("signature").and_then(Value::as_object);
+    let text = |name: &str| signature?.get(name)?.as_str();
+    if text("algorithm") != Some("Ed25519") {
+        return Err(format!("it is no signed {}", kind.name()));
     }
     if text("public_key") != Some(key.text().as_str()) {
         return Err("it was signed with another key than the one that was given".to_owned());
     }
-    let signature = text("value")
+    let value = text("value")
         .and_then(|digits| hex::decode(digits).ok())
         .unwrap_or_default();
     // One spelling alone, so that no byte can be changed unnoticed.
-    let is_plain = text("value") == Some(hex::encode(&signature).as_str());
-    let count = document
-        .get("signature")
-        .and_then(Value::as_object)
-        .map(serde_json::Map::len);
-    let report = document.get("report").ok_or("it is no signed drill report")?;
-    if !is_plain || count != Some(3) || !key.has_signed(&signed_bytes(report), &signature) {
-        return Err(
-            "the signature is wrong: the report was changed, or never signed with this key".to_owned(),
-        );
+    let is_plain = text("value") == Some(hex::encode(&value).as_str());
+    let count = signature.map(serde_json::Map::len);
+    if !is_plain || count != Some(3) || !key.has_signed(&kind.signed_bytes(content), &value) {
+        return Err(format!(
+            "the signature is wrong: it was changed, or never signed with this key as a {}",
+            kind.name()
+        ));
     }
-    let report = document.get_mut("report").map(Value::take).unwrap_or_default();
-    let overall = follows(&report)?;
-    check_nonce(&report, nonce)?;
-    Ok(Verified { report, overall })
+    Ok(())
 }
 
-fn check_nonce(report: &Value, nonce: Option<Nonce>) -> Result<(), String> {
-    let said = string(report, "nonce")?;
-    if nonce.is_some_and(|nonce| nonce.text() != said) {
-        return Err("it answers another challenge than the nonce that was given".to_owned());
+/// What the checks come to, which is what the document must say.
+fn overall(content: &Value) -> Result<Overall, String> {
+    let mut outcomes = Vec::new();
+    for check in list(content, "checks")? {
+        let result = string(check, "result")?;
+        outcomes.push(Outcome::parse(result).ok_or_else(|| format!("'{result}' is no result of a check"))?);
     }
+    let overall = Overall::of(outcomes);
+    if string(content, "result")? != overall.name() {
+        return Err(format!(
+            "its result does not follow from its checks, which come to {}",
+            overall.name()
+        ));
+    }
+    Ok(overall)
+}
+
+/// Whether everything that was written follows from the challenge.
+fn check_markers(report: &Value) -> Result<(), String> {
+    let said = string(report, "nonce")?;
     let large = list(report, "markers")?
         .iter()
-        .find(|marker| marker.get("kind").and_then(Value::as_str) == Some(Kind::Large.name()))
+        .find(|marker| marker.get("kind").and_then(Value::as_str) == Some(Marker::Large.name()))
         .map_or(Ok(0), |marker| number(marker, "length"))?;
     let markers = Markers::new(Nonce::parse(said)?, large);
     for marker in list(report, "markers")? {
-        let kind = Kind::ALL
+        let kind = Marker::ALL
             .into_iter()
             .find(|kind| marker.get("kind").and_then(Value::as_str) == Some(kind.name()));
         let expected = markers.expected(kind.ok_or("a marker of an unknown kind")?);
@@ -86,23 +150,8 @@ fn check_nonce(report: &Value, nonce: Option<Nonce>) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether a report's result follows from its checks, and what can be computed anew from its logs.
-fn follows(report: &Value) -> Result<Overall, String> {
-    if string(report, "document")? != DOCUMENT || number(report, "format")? != FORMAT {
-        return Err("it is no drill report of this version".to_owned());
-    }
-    let mut outcomes = Vec::new();
-    for check in list(report, "checks")? {
-        let result = string(check, "result")?;
-        outcomes.push(Outcome::parse(result).ok_or_else(|| format!("'{result}' is no result of a check"))?);
-    }
-    let overall = Overall::of(outcomes);
-    if string(report, "result")? != overall.name() {
-        return Err(format!(
-            "its result does not follow from its checks, which come to {}",
-            overall.name()
-        ));
-    }
+/// Whether what a report claims follows from its logs, as far as that can be computed anew.
+fn follows(report: &Value) -> Result<(), String> {
     for log in list(report, "logs")? {
         if sha256(log_text(log)?.as_bytes()) != string(log, "sha256")? {
             return Err(format!("the log {} does not have its hash", string(log, "name")?));
@@ -122,7 +171,7 @@ fn follows(report: &Value) -> Result<Overall, String> {
     for phase in list(report, "phases")? {
         follows_from_log(report, phase)?;
     }
-    Ok(overall)
+    check_markers(report)
 }
 
 fn follows_from_log(report: &Value, phase: &Value) -> Result<(), String> {
@@ -158,28 +207,29 @@ fn log_text(log: &Value) -> Result<String, String> {
     Ok(text)
 }
 
-fn string<'v>(of: &'v Value, name: &str) -> Result<&'v str, String> {
+pub(super) fn string<'v>(of: &'v Value, name: &str) -> Result<&'v str, String> {
     of.get(name)
         .and_then(Value::as_str)
-        .ok_or_else(|| format!("the report has no '{name}'"))
+        .ok_or_else(|| format!("it has no '{name}'"))
 }
 
-fn number(of: &Value, name: &str) -> Result<u64, String> {
+pub(super) fn number(of: &Value, name: &str) -> Result<u64, String> {
     of.get(name)
         .and_then(Value::as_u64)
-        .ok_or_else(|| format!("the report has no '{name}'"))
+        .ok_or_else(|| format!("it has no '{name}'"))
 }
 
-fn list<'v>(of: &'v Value, name: &str) -> Result<&'v [Value], String> {
+pub(super) fn list<'v>(of: &'v Value, name: &str) -> Result<&'v [Value], String> {
     let found = of.get(name).and_then(Value::as_array);
     found
         .map(Vec::as_slice)
-        .ok_or_else(|| format!("the report has no '{name}'"))
+        .ok_or_else(|| format!("it has no '{name}'"))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::report::{Check, Findings, sign};
+    use super::super::document::{Check, sign};
+    use super::super::report::Findings;
     use super::super::sign::SigningKey;
     use super::super::timeline::tests::{DARK, good};
     use super::super::timeline::{Access, Record};
@@ -191,13 +241,13 @@ mod tests {
         let nonce = Nonce::parse(&"5a".repeat(32)).unwrap();
         let markers = Markers::new(nonce, 4096);
         let mut findings = Findings {
-            markers: vec![markers.expected(Kind::Small), markers.expected(Kind::Large)],
+            markers: vec![markers.expected(Marker::Small), markers.expected(Marker::Large)],
             ..Findings::default()
         };
         findings.facts.insert("nonce".to_owned(), json!(nonce.text()));
         findings.checks.push(Check {
             id: "revocation-live",
-            step: 2,
+            step: Some(2),
             claim: "nothing is readable".to_owned(),
             outcome: Outcome::Pass,
             detail: String::new(),
@@ -225,7 +275,7 @@ mod tests {
     #[test]
     fn a_genuine_report_is_accepted_and_none_with_one_changed_byte() {
         let key = key();
-        let file = sign(findings(&good()).value(), &key);
+        let file = sign(Kind::DrillReport, &findings(&good()).value(), &key);
         let verified = verify(&file, key.public(), None).unwrap();
         assert_eq!(verified.overall, Overall::Pass);
         for at in 0..file.len() {
@@ -243,7 +293,7 @@ mod tests {
     #[test]
     fn a_byte_more_or_less_anywhere_is_refused() {
         let key = key();
-        let file = sign(findings(&good()).value(), &key);
+        let file = sign(Kind::DrillReport, &findings(&good()).value(), &key);
         for at in 0..file.len() {
             let mut shorter = file.clone();
             shorter.remove(at);
@@ -265,7 +315,7 @@ mod tests {
     #[test]
     fn another_key_another_nonce_and_another_form_are_refused() {
         let key_of_report = key();
-        let file = sign(findings(&good()).value(), &key_of_report);
+        let file = sign(Kind::DrillReport, &findings(&good()).value(), &key_of_report);
         assert!(
             verify(&file, key().public(), None)
                 .unwrap_err()
@@ -292,8 +342,14 @@ mod tests {
     #[test]
     fn a_signed_report_that_its_own_logs_contradict_is_refused() {
         let key = key();
-        let refused =
-            |findings: &Findings| verify(&sign(findings.value(), &key), key.public(), None).unwrap_err();
+        let refused = |findings: &Findings| {
+            verify(
+                &sign(Kind::DrillReport, &findings.value(), &key),
+                key.public(),
+                None,
+            )
+            .unwrap_err()
+        };
         let mut late = good();
         late.push(Record {
             access: Access::MappedShared,
@@ -308,27 +364,27 @@ mod tests {
         let mut value = findings(&good()).value();
         value["result"] = json!("INCOMPLETE");
         assert!(
-            verify(&sign(value, &key), key.public(), None)
+            verify(&sign(Kind::DrillReport, &value, &key), key.public(), None)
                 .unwrap_err()
                 .contains("does not follow")
         );
         let mut value = findings(&good()).value();
         value["logs"][0]["lines"][1] = json!("large,500,510,5");
         assert!(
-            verify(&sign(value, &key), key.public(), None)
+            verify(&sign(Kind::DrillReport, &value, &key), key.public(), None)
                 .unwrap_err()
                 .contains("hash")
         );
         let mut value = findings(&good()).value();
         value["markers"][0]["sha256"] = json!("00");
         assert!(
-            verify(&sign(value, &key), key.public(), None)
+            verify(&sign(Kind::DrillReport, &value, &key), key.public(), None)
                 .unwrap_err()
                 .contains("nonce")
         );
         let mut value = findings(&good()).value();
         value["document"] = json!("destruction record");
-        assert!(verify(&sign(value, &key), key.public(), None).is_err());
+        assert!(verify(&sign(Kind::DrillReport, &value, &key), key.public(), None).is_err());
     }
 
     #[test]
@@ -336,7 +392,12 @@ mod tests {
         let key = key();
         let mut findings = findings(&good());
         findings.checks[0].outcome = Outcome::Fail;
-        let verified = verify(&sign(findings.value(), &key), key.public(), None).unwrap();
+        let verified = verify(
+            &sign(Kind::DrillReport, &findings.value(), &key),
+            key.public(),
+            None,
+        )
+        .unwrap();
         assert_eq!(verified.overall, Overall::Failed);
     }
 }

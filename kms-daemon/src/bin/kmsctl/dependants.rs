@@ -1,16 +1,12 @@
 //! What depends on a key, for people: shown, and asked about, before the key is scheduled for deletion.
 
 use crate::json::time;
-use kms_api::proto::{self, kms_client::KmsClient};
+use kms_api::proto;
 use kms_client::{Client, ClientError};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{BufRead, IsTerminal, Write};
-use tonic::transport::Channel;
-
-/// As many as kmsd answers at once.
-const PAGE_SIZE: u32 = 100;
 
 /// A key, and what is known to depend on it.
 pub(crate) struct Known {
@@ -24,29 +20,9 @@ pub(crate) fn of(client: &Client, key: &str) -> Result<Known, ClientError> {
     let described = client.describe_key(key)?;
     Ok(Known {
         is_destroyed: described.key_state() == proto::KeyState::Destroyed,
-        dependants: list(client, &described.key_id)?,
+        dependants: client.list_dependants(&described.key_id)?,
         key_id: described.key_id,
     })
-}
-
-/// All that is known to depend on a key.
-pub(crate) fn list(client: &Client, key_id: &str) -> Result<Vec<proto::Dependant>, ClientError> {
-    let mut all = Vec::new();
-    for page_number in 1.. {
-        let request = proto::ListDependantsRequest {
-            key_id: key_id.to_owned(),
-            page_number,
-            page_size: PAGE_SIZE,
-        };
-        let page =
-            client.call(|mut kms: KmsClient<Channel>| async move { kms.list_dependants(request).await })?;
-        let is_last = page.dependants.len() < usize::try_from(PAGE_SIZE).unwrap_or(usize::MAX);
-        all.extend(page.dependants);
-        if is_last {
-            break;
-        }
-    }
-    Ok(all)
 }
 
 /// Shows what the deletion of a key takes away, and has it confirmed: by a person, at a terminal; by `yes`; or by nothing

@@ -31,6 +31,9 @@ pub(crate) fn key_metadata(key: &proto::KeyMetadata) -> Value {
         proto::KeyState::Destroyed => "Destroyed",
         proto::KeyState::Unspecified => "Unknown",
     };
+    let versions = key.versions.iter().map(|version| {
+        json!({ "KeyVersionId": version.key_version_id, "CreationDate": time(version.creation_date_ms) })
+    });
     let mut metadata = json!({
         "KeyId": key.key_id,
         "Arn": key.arn,
@@ -44,12 +47,20 @@ pub(crate) fn key_metadata(key: &proto::KeyMetadata) -> Value {
         "CreationDate": time(key.creation_date_ms),
         "DeleteDate": key.delete_date_ms.map_or_else(|| json!(""), time),
         "PrimaryKeyVersion": key.primary_key_version,
+        "KeyVersions": versions.collect::<Value>(),
     });
-    if let (Some(ms), Some(fields)) = (key.destruction_date_ms, metadata.as_object_mut()) {
-        fields.insert("DestructionDate".to_owned(), time(ms));
-    }
-    if let (Some(ms), Some(fields)) = (key.material_expire_time_ms, metadata.as_object_mut()) {
-        fields.insert("MaterialExpireTime".to_owned(), time(ms));
+    let more = [
+        ("DeletionRequestDate", key.deletion_request_date_ms.map(time)),
+        ("DeletionDueDate", key.deletion_due_date_ms.map(time)),
+        ("DestructionDate", key.destruction_date_ms.map(time)),
+        ("DestructionEpoch", key.destruction_epoch.map(Value::from)),
+        ("MaterialExpireTime", key.material_expire_time_ms.map(time)),
+    ];
+    if let Some(fields) = metadata.as_object_mut() {
+        fields.extend(
+            more.into_iter()
+                .filter_map(|(name, value)| Some((name.to_owned(), value?))),
+        );
     }
     metadata
 }
@@ -94,6 +105,8 @@ pub(crate) fn keystore(answer: &proto::GetKeystoreInfoResponse) -> Value {
         "DestructionSuspended": answer.destruction_suspended,
         "ObservedMs": answer.observed_ms,
         "Now": time(answer.now_ms),
+        "AuditRecords": answer.audit_records,
+        "AuditHead": hex::encode(&answer.audit_head),
         "RequestId": answer.request_id,
     })
 }

@@ -62,7 +62,8 @@ pub(crate) fn key(client: &Client, operation: KeyOperation) -> Result<Value, Str
             let mut described = metadata(answer.key_metadata.as_ref(), &answer.request_id);
             if let (Some(key), Some(fields)) = (&answer.key_metadata, described.as_object_mut()) {
                 // kmsd knows a key's state when its store is closed after a failure, too.
-                let dependants = dependants::list(client, &key.key_id)
+                let dependants = client
+                    .list_dependants(&key.key_id)
                     .inspect_err(|error| dependants::warn(&key.key_id, &describe(error)));
                 let dependants = dependants.map_or(Value::Null, |known| json::dependants(&known));
                 fields.insert("Dependants".to_owned(), dependants);

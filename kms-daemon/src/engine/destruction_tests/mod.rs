@@ -323,11 +323,15 @@ fn what_is_destroyed_stays_as_a_tombstone_and_nothing_else_is_answered_of_it() {
     let ids = bed.keys(2);
     bed.doom(&ids[..1]);
     let engine = bed.engine();
+    let pending = row(engine, ids[0]);
     engine.destroy_due().unwrap();
     let tombstone = row(engine, ids[0]);
     assert_eq!(tombstone.state(), KeyState::Destroyed);
     assert_eq!(tombstone.destroyed_ms, Some(bed.clock.now_ms()));
-    assert_eq!((tombstone.delete_ms, tombstone.delete_observed_ms), (None, None));
+    assert_eq!(tombstone.delete_observed_ms, None);
+    assert_eq!(tombstone.delete_ms, pending.delete_ms);
+    assert!(pending.scheduled_ms.is_some() && tombstone.scheduled_ms == pending.scheduled_ms);
+    assert_eq!((pending.left_epoch, tombstone.left_epoch), (None, Some(1)));
     let name = ids[0].to_string();
     let refused: [Result<(), KmsError>; 7] = [
         decrypt(engine, &bed.blobs[&ids[0]]).map(drop),

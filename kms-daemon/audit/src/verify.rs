@@ -1,8 +1,9 @@
 //! The offline check of a whole log. It needs no key and no daemon.
 
-use super::frame::{self, Digest, HEADER_LEN, Problem};
+use crate::frame::{self, Digest, Frame, HEADER_LEN, Problem};
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::ops::ControlFlow;
 use std::path::Path;
 use uuid::Uuid;
 
@@ -54,6 +55,33 @@ pub struct Report {
 /// # Errors
 /// [`VerifyError`], which names the first bad record.
 pub fn verify(path: &Path, expected: Option<Digest>) -> Result<Report, VerifyError> {
+    let mut witnessed = None;
+    let mut report = walk(path, |number, frame| {
+        if expected == Some(frame.digest) {
+            witnessed = Some(number);
+        }
+        ControlFlow::Continue(())
+    })?;
+    if expected == Some(frame::genesis(&frame::header(report.keystore_id))) {
+        witnessed = witnessed.or(Some(0));
+    }
+    match expected {
+        Some(expected) if witnessed.is_none() => Err(VerifyError::HeadMissing(hex::encode(expected))),
+        _ => {
+            report.witnessed = witnessed.unwrap_or(0);
+            Ok(report)
+        }
+    }
+}
+
+/// Checks the records of the log at `path` in order, and gives each to `visit` with its number, from 1, until that breaks off.
+///
+/// # Errors
+/// [`VerifyError`], which names the first bad record.
+pub fn walk(
+    path: &Path,
+    mut visit: impl FnMut(u64, &Frame) -> ControlFlow<()>,
+) -> Result<Report, VerifyError> {
     let mut file = BufReader::new(File::open(path)?);
     let mut header = [0; HEADER_LEN];
     file.read_exact(&mut header).map_err(|error| match error.kind() {
@@ -68,7 +96,6 @@ pub fn verify(path: &Path, expected: Option<Digest>) -> Result<Report, VerifyErr
         last_ms: None,
         witnessed: 0,
     };
-    let mut found = expected.is_none_or(|expected| expected == report.head);
     let mut offset = HEADER_LEN as u64;
     loop {
         let frame = frame::read(&mut file, &report.head)?.map_err(|problem| VerifyError::Bad {
@@ -77,18 +104,14 @@ pub fn verify(path: &Path, expected: Option<Digest>) -> Result<Report, VerifyErr
             problem,
         })?;
         let Some(frame) = frame else { break };
-        offset += frame.length;
+        offset += frame.bytes.len() as u64;
         report.records += 1;
         report.head = frame.digest;
         report.first_ms = report.first_ms.or(Some(frame.record.time_ms));
         report.last_ms = Some(frame.record.time_ms);
-        if expected == Some(frame.digest) {
-            found = true;
-            report.witnessed = report.records;
+        if visit(report.records, &frame).is_break() {
+            break;
         }
     }
-    match expected {
-        Some(expected) if !found => Err(VerifyError::HeadMissing(hex::encode(expected))),
-        _ => Ok(report),
-    }
+    Ok(report)
 }

@@ -1,6 +1,6 @@
 //! Frames and the chain between them. docs/kms-format.md gives the bytes.
 
-use super::record::Record;
+use crate::record::Record;
 use prost::Message;
 use sha2::Sha256;
 use std::io::{self, Read};
@@ -9,9 +9,11 @@ use uuid::Uuid;
 /// SHA-256 of a frame.
 pub type Digest = [u8; 32];
 
-pub(super) const HEADER_LEN: usize = 8 + 1 + 16;
+/// Bytes of a log's header.
+pub const HEADER_LEN: usize = 8 + 1 + 16;
 const MAGIC: &[u8; 8] = b"kmsdaudt";
 const FORMAT: u8 = 1;
+const LENGTH_LEN: usize = 4;
 const DIGEST_LEN: usize = 32;
 /// Bytes of one record, at most: twice what the largest message on the wire could make of it.
 const RECORD_BYTES_MAX: usize = 8 << 20;
@@ -37,7 +39,9 @@ pub enum Problem {
     NotARecord,
 }
 
-pub(super) fn header(keystore_id: Uuid) -> [u8; HEADER_LEN] {
+/// The header of a keystore's log.
+#[must_use]
+pub fn header(keystore_id: Uuid) -> [u8; HEADER_LEN] {
     let mut header = [0; HEADER_LEN];
     let fields = [MAGIC.as_slice(), &[FORMAT], keystore_id.as_bytes()];
     for (out, byte) in header.iter_mut().zip(fields.into_iter().flatten()) {
@@ -47,17 +51,23 @@ pub(super) fn header(keystore_id: Uuid) -> [u8; HEADER_LEN] {
 }
 
 /// The keystore that a header names; `None` if it is no header.
-pub(super) fn keystore_of(bytes: &[u8; HEADER_LEN]) -> Option<Uuid> {
+#[must_use]
+pub fn keystore_of(bytes: &[u8; HEADER_LEN]) -> Option<Uuid> {
     let id = Uuid::from_slice(bytes.get(9..)?).ok()?;
     (header(id) == *bytes).then_some(id)
 }
 
-pub(super) fn genesis(header: &[u8; HEADER_LEN]) -> Digest {
+/// What the first frame continues.
+#[must_use]
+pub fn genesis(header: &[u8; HEADER_LEN]) -> Digest {
     <Sha256 as sha2::Digest>::digest(header).into()
 }
 
 /// Appends to `out` the frame of `body` that continues `previous`, and gives its digest.
-pub(super) fn push(out: &mut Vec<u8>, previous: &Digest, body: &[u8]) -> Result<Digest, Problem> {
+///
+/// # Errors
+/// [`Problem::Length`]
+pub fn push(out: &mut Vec<u8>, previous: &Digest, body: &[u8]) -> Result<Digest, Problem> {
     let length = u32::try_from(body.len()).map_err(|_| Problem::Length)?;
     if body.len() > RECORD_BYTES_MAX {
         return Err(Problem::Length);
@@ -71,14 +81,39 @@ pub(super) fn push(out: &mut Vec<u8>, previous: &Digest, body: &[u8]) -> Result<
 }
 
 /// A frame that was read and is what was written.
-pub(super) struct Frame {
-    pub(super) record: Record,
-    pub(super) digest: Digest,
-    pub(super) length: u64,
+#[derive(Debug, Clone)]
+pub struct Frame {
+    /// What it says.
+    pub record: Record,
+    /// Of the frame before it.
+    pub previous: Digest,
+    /// Its own.
+    pub digest: Digest,
+    /// All of it.
+    pub bytes: Vec<u8>,
 }
 
 /// Reads the next frame, which must continue `previous`; `Ok(Ok(None))` at the end of the file.
-pub(super) fn read(from: &mut impl Read, previous: &Digest) -> io::Result<Result<Option<Frame>, Problem>> {
+///
+/// # Errors
+/// The file cannot be read; within, what is wrong with the frame.
+pub fn read(from: &mut impl Read, previous: &Digest) -> io::Result<Result<Option<Frame>, Problem>> {
+    Ok(read_any(from)?.and_then(|frame| match frame {
+        Some(frame) if frame.previous != *previous => Err(Problem::Chain),
+        frame => Ok(frame),
+    }))
+}
+
+/// The frame that these bytes are, and nothing behind it; what it continues is for the caller to say.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse(mut bytes: &[u8]) -> Result<Frame, Problem> {
+    let frame = read_any(&mut bytes).map_err(|_| Problem::Incomplete)??;
+    frame.filter(|_| bytes.is_empty()).ok_or(Problem::Length)
+}
+
+fn read_any(from: &mut impl Read) -> io::Result<Result<Option<Frame>, Problem>> {
     let mut length = [0; 4];
     match fill(from, &mut length)? {
         0 => return Ok(Ok(None)),
@@ -90,26 +125,29 @@ pub(super) fn read(from: &mut impl Read, previous: &Digest) -> io::Result<Result
     if body_len > RECORD_BYTES_MAX {
         return Ok(Err(Problem::Length));
     }
-    let mut bytes = vec![0; DIGEST_LEN + body_len + DIGEST_LEN];
-    if fill(from, &mut bytes)? < bytes.len() {
+    let mut bytes = length.to_be_bytes().to_vec();
+    bytes.resize(LENGTH_LEN + DIGEST_LEN + body_len + DIGEST_LEN, 0);
+    let Some(rest) = bytes.get_mut(LENGTH_LEN..) else {
+        return Ok(Err(Problem::Length));
+    };
+    if fill(from, rest)? < rest.len() {
         return Ok(Err(Problem::Incomplete));
     }
-    Ok(check(length, &bytes, previous).map(Some))
+    Ok(check(length, bytes).map(Some))
 }
 
-fn check(length: u32, bytes: &[u8], previous: &Digest) -> Result<Frame, Problem> {
-    let (continues, rest) = bytes.split_first_chunk::<DIGEST_LEN>().ok_or(Problem::Length)?;
+fn check(length: u32, bytes: Vec<u8>) -> Result<Frame, Problem> {
+    let rest = bytes.get(LENGTH_LEN..).ok_or(Problem::Length)?;
+    let (previous, rest) = rest.split_first_chunk::<DIGEST_LEN>().ok_or(Problem::Length)?;
     let (body, written) = rest.split_last_chunk::<DIGEST_LEN>().ok_or(Problem::Length)?;
-    if digest(length, continues, body) != *written {
+    if digest(length, previous, body) != *written {
         return Err(Problem::Changed);
-    }
-    if continues != previous {
-        return Err(Problem::Chain);
     }
     Ok(Frame {
         record: Record::decode(body).map_err(|_| Problem::NotARecord)?,
+        previous: *previous,
         digest: *written,
-        length: 4 + u64::try_from(bytes.len()).unwrap_or(u64::MAX - 4),
+        bytes,
     })
 }
 
