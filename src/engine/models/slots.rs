@@ -9,6 +9,7 @@ use crate::engine::keyservice::KeyService;
 use crate::engine::open::{Writing, open_core};
 use crate::engine::store::{Disk, Store};
 use crate::engine::types::{Domain, Fallocate, FileKind, Ino, NewNode};
+use crate::engine::upkeep::Background;
 use crate::engine::volume::{CreateParams, Options, Volume};
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread::yield_now;
@@ -83,7 +84,7 @@ fn options() -> Options {
 fn open(dir: &Path) -> Volume {
     let kms = Arc::new(Kms::new()) as Arc<dyn KeyService>;
     let opened = open_core(dir, options(), kms, Arc::new(SystemClock), Writing::Allowed);
-    Volume::with_threads(opened.unwrap().core, Vec::new())
+    Volume::with_background(opened.unwrap().core, Background::default())
 }
 
 fn slot_file(dir: &Path, ino: Ino) -> PathBuf {
