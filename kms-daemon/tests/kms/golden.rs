@@ -28,7 +28,10 @@ fn version_1_is_read_for_ever() {
         let described = kms
             .ctl(&["describe-key", "--key-id", &text(&key["Name"])])
             .unwrap();
-        assert_eq!(described["KeyMetadata"], key["KeyMetadata"]);
+        // Later versions say more, and of what there was the same.
+        for (name, value) in key["KeyMetadata"].as_object().unwrap() {
+            assert_eq!(&described["KeyMetadata"][name], value, "{name}");
+        }
     }
 }
 
