@@ -267,6 +267,61 @@ fn a_disabled_key_leaves_no_key_content_or_name_in_memory() {
 }
 
 #[test]
+fn a_dark_subtree_leaves_nothing_in_memory_and_a_dark_volume_not_even_its_name() {
+    const ROOT: &str = "the-name-of-the-directory-that-begins-a-domain";
+    const INNER: &str = "the-name-of-a-file-in-a-domain-of-its-own";
+    let mut world = World::new();
+    let content = noise(21, SIZE);
+    let mut needles = Needles::default();
+    needles.add("domain content", &content[SIZE / 2..]);
+    needles.add("inner name", INNER.as_bytes());
+    needles.add("root name", ROOT.as_bytes());
+    let key = world.create_key();
+    let root = world.at(ROOT);
+    fs::create_dir(&root).unwrap();
+    world.cmkfs_ok(&["setkey", root.to_str().unwrap(), "--key-id", &key]);
+    fs::write(root.join(INNER), &content).unwrap();
+    world.unmount();
+    world.mount(&[]);
+    let mount = world.mount_pid();
+    let use_it = |world: &World| {
+        assert_eq!(fs::read(root.join(INNER)).unwrap(), content);
+        let entries = fs::read_dir(world.mnt()).unwrap();
+        entries.for_each(|entry| drop(entry.unwrap()));
+        fs::rename(root.join(INNER), root.join("other")).unwrap();
+        fs::rename(root.join("other"), root.join(INNER)).unwrap();
+        // Names are forgotten quickly: these requests are the last ones before the search.
+        let inner = (0..20).map(|number| root.join(format!("{INNER}-{number}")));
+        let outer = (0..20).map(|number| world.at(&format!("{ROOT}-{number}")));
+        for name in inner.chain(outer) {
+            fs::create_dir(&name).unwrap();
+            fs::remove_dir(name).unwrap();
+        }
+    };
+    use_it(&world);
+    let live = needles.search(mount).unwrap();
+    // What was read is wiped as it is handed over; the test above finds what was written.
+    assert!(
+        live.has("inner name") || live.has("root name"),
+        "{:#?}",
+        live.places
+    );
+    world.kmsctl(&["disable-key", "--key-id", &key]).unwrap();
+    let gone = search_until_gone(&needles, mount, |what| what.starts_with("root name"));
+    assert!(gone.places.is_empty(), "{:#?}", gone.places);
+    world.kmsctl(&["enable-key", "--key-id", &key]).unwrap();
+    let is_back = || fs::read(root.join(INNER)).is_ok();
+    crate::world::eventually("it can be read again", is_back);
+    use_it(&world);
+    world.with_key("disable-key");
+    let gone = search_until_gone(&needles, mount, |_| false);
+    assert!(gone.places.is_empty(), "{:#?}", gone.places);
+    world.with_key("enable-key");
+    crate::world::eventually("it can be read again", is_back);
+    world.unmount();
+}
+
+#[test]
 fn neither_daemon_leaves_a_core_or_is_swapped() {
     let mut world = World::new();
     fs::write(world.at("file"), noise(3, SIZE)).unwrap();
