@@ -5,7 +5,7 @@ use fuser::Request;
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use std::cell::Cell;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What a request may leave on the stack: the engine's and the database's frames.
@@ -14,8 +14,8 @@ const STACK_BYTES: usize = 128 << 10;
 const BUFFER_BYTES_MIN: usize = 8192;
 /// Names and targets end before that; what may be longer is noted.
 const GETATTR_BYTES: usize = size_of::<Request>() + 16;
-/// Requests sent for each loop, at most. They wait in line, so that one each is nearly enough.
-const REQUESTS_PER_LOOP_MAX: usize = 50;
+/// Requests that each of those sends who ask. The path may lead elsewhere by now: they are not sent for ever.
+const REQUESTS_MAX: usize = 1000;
 /// Longest wait for the loops: revocation does not hang on them.
 const WAIT_MAX: Duration = Duration::from_secs(1);
 
@@ -30,8 +30,15 @@ thread_local! {
 pub(super) struct Residue {
     mountpoint: PathBuf,
     loops: usize,
-    round: AtomicU64,
-    wiped: AtomicUsize,
+    /// The round, and how many loops have wiped in it: key domains that go dark at the same time ask one over the other.
+    state: AtomicU64,
+}
+
+/// Where the round begins in the state.
+const ROUND_SHIFT: u32 = 16;
+
+fn round_of(state: u64) -> u64 {
+    state >> ROUND_SHIFT
 }
 
 impl Residue {
@@ -39,9 +46,28 @@ impl Residue {
         Self {
             mountpoint,
             loops,
-            round: AtomicU64::new(0),
-            wiped: AtomicUsize::new(0),
+            state: AtomicU64::new(0),
         }
+    }
+
+    /// A new round, in which no loop has wiped.
+    fn begin(&self) {
+        let next = |state| Some((round_of(state) + 1) << ROUND_SHIFT);
+        let begun = self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        debug_assert!(begun.is_ok());
+    }
+
+    /// Counts a loop that has wiped in a round, unless there is a later one by now, in which it wipes again.
+    fn count(&self, round: u64) {
+        let next = |state| (round_of(state) == round).then_some(state + 1);
+        // Not counted is as good.
+        let _counted = self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+    }
+
+    /// Whether every loop has wiped in the present round, and so since the one before began.
+    fn is_done(&self) -> bool {
+        let wiped = self.state.load(Ordering::Acquire) & ((1 << ROUND_SHIFT) - 1);
+        wiped >= self.loops as u64
     }
 
     /// Notes a long part of a request, in the loop's buffer.
@@ -52,7 +78,7 @@ impl Residue {
 
     /// Called by a loop for each GETATTR: once a round it wipes its buffer behind this request, and its stack.
     pub(super) fn wipe_here(&self, request: &Request) {
-        let round = self.round.load(Ordering::Acquire);
+        let round = round_of(self.state.load(Ordering::Acquire));
         if WIPED_IN.with(|wiped| wiped.replace(round)) == round {
             return;
         }
@@ -73,7 +99,7 @@ impl Residue {
             std::hint::black_box(behind_request);
         }
         kms_crypto::wipe_stack::<STACK_BYTES>();
-        self.wiped.fetch_add(1, Ordering::AcqRel);
+        self.count(round);
     }
 
     /// Asks every loop to wipe, and waits for it. Called from a thread that serves no request and holds no lock.
@@ -84,27 +110,59 @@ impl Residue {
             .name("wipe".to_owned())
             .spawn(move || {
                 // Nobody listens any more if it took too long.
-                let _heard = done.send(residue.ask());
+                let _heard = done.send(residue.ask_all());
             });
         let wiped = asking.is_ok() && matches!(wait.recv_timeout(WAIT_MAX), Ok(true));
         if !wiped {
             tracing::warn!(
-                "buffers of past requests could not be wiped: the mount is not at its mount point any more, or busy"
+                "buffers of past requests are not wiped yet: the mount is not at its mount point any more, or busy"
             );
         }
     }
 
-    fn ask(&self) -> bool {
-        self.wiped.store(0, Ordering::Release);
-        self.round.fetch_add(1, Ordering::AcqRel);
-        for _ in 0..self.loops * REQUESTS_PER_LOOP_MAX {
-            // Each goes to the loop that has waited longest. That it is refused is as good an answer as any.
+    /// As many ask as there are loops: one that is at work already would take each request before another has woken up, if
+    /// they came one by one.
+    fn ask_all(&self) -> bool {
+        self.begin();
+        std::thread::scope(|scope| {
+            for _ in 1..self.loops {
+                if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, || self.ask()) {
+                    tracing::debug!(%error, "one less asks the loops to wipe");
+                }
+            }
+            self.ask();
+        });
+        self.is_done()
+    }
+
+    fn ask(&self) {
+        for _ in 0..REQUESTS_MAX {
+            if self.is_done() {
+                return;
+            }
+            // That it is refused is as good an answer as any.
             let flags = AtFlags::STATX_FORCE_SYNC | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
             let _refused = rustix::fs::statx(CWD, &self.mountpoint, flags, StatxFlags::BASIC_STATS);
-            if self.wiped.load(Ordering::Acquire) >= self.loops {
-                return true;
-            }
         }
-        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loop_that_wiped_in_an_earlier_round_does_not_count_in_a_later_one() {
+        let residue = Residue::new(PathBuf::from("/nowhere"), 2);
+        residue.begin();
+        let first = round_of(residue.state.load(Ordering::Acquire));
+        residue.count(first);
+        assert!(!residue.is_done());
+        residue.begin();
+        residue.count(first);
+        residue.count(first + 1);
+        assert!(!residue.is_done());
+        residue.count(first + 1);
+        assert!(residue.is_done());
     }
 }
