@@ -143,30 +143,29 @@ pub(super) fn start(
     let is_over = Arc::clone(&is_stopping);
     let heard = listener.try_clone().map_err(failed)?;
     let answer = move || {
-        for stream in heard.incoming() {
-            if is_over.load(Ordering::Acquire) {
-                return;
-            }
-            let Some(volume) = volume.upgrade() else { return };
-            let mut stream = match stream {
-                Ok(stream) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "a question for the status could not be heard");
-                    std::thread::sleep(ACCEPT_PAUSE);
-                    continue;
+        let (volume, mountpoint, facts, kmsd) = (&volume, &mountpoint, &facts, &kmsd);
+        // Ends when each has been answered.
+        std::thread::scope(|scope| {
+            for stream in heard.incoming() {
+                if is_over.load(Ordering::Acquire) {
+                    return;
                 }
-            };
-            let answered = hear(&stream).and_then(|question| {
-                let answer = match serve(&volume, &question, &kmsd) {
-                    Ok(()) => state(&volume, &mountpoint, facts.clone()),
-                    Err(why) => json!({ "refused": why }),
+                let Some(volume) = volume.upgrade() else { return };
+                let stream = match stream {
+                    Ok(stream) => stream,
+                    Err(error) => {
+                        tracing::warn!(%error, "a question for the status could not be heard");
+                        std::thread::sleep(ACCEPT_PAUSE);
+                        continue;
+                    }
                 };
-                stream.write_all(format!("{answer}\n").as_bytes())
-            });
-            if let Err(error) = answered {
-                tracing::debug!(%error, "a question to the mount was not heard out");
+                // Going dark waits for no answer that another waits for from kmsd.
+                let answer = move || answer_one(&volume, stream, mountpoint, facts, kmsd);
+                if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, answer) {
+                    tracing::warn!(%error, "no thread to answer a question with");
+                }
             }
-        }
+        });
     };
     let thread = std::thread::Builder::new()
         .name("control".to_owned())
@@ -178,6 +177,19 @@ pub(super) fn start(
         is_stopping,
         thread: Some(thread),
     })
+}
+
+fn answer_one(volume: &Volume, mut stream: UnixStream, mountpoint: &Path, facts: &Value, kmsd: &Path) {
+    let answered = hear(&stream).and_then(|question| {
+        let answer = match serve(volume, &question, kmsd) {
+            Ok(()) => state(volume, mountpoint, facts.clone()),
+            Err(why) => json!({ "refused": why }),
+        };
+        stream.write_all(format!("{answer}\n").as_bytes())
+    });
+    if let Err(error) = answered {
+        tracing::debug!(%error, "a question to the mount was not heard out");
+    }
 }
 
 /// Does what is asked for; says why not.
