@@ -74,13 +74,15 @@ pub(crate) struct Core {
     pub(crate) _lock: File,
 }
 
-/// A job for the thread that fetches keys ahead of their use.
+/// A job for the thread that asks the KMS for what nobody waits for: keys ahead of their use, above all.
 #[derive(Debug)]
 pub(crate) enum Fetch {
     /// Fresh DEKs for inodes not yet born.
     Nursery(Domain),
     /// The DEKs of files that a directory listing showed.
     Files(Vec<Ino>),
+    /// To tell the KMS what depends on the key of a domain.
+    Report(Domain),
     /// The volume is being closed.
     Stop,
 }

@@ -6,6 +6,7 @@ use super::dek::Misses;
 use super::error::{Error, Result};
 use super::format::domain::{DomainRecord, DomainState};
 use super::keyring::Keyring;
+use super::keyservice::Dependants;
 use super::nursery::Nursery;
 use super::sync::{Mutex, RwLock, rank};
 use super::types::{Domain, Ino};
@@ -13,6 +14,7 @@ use super::watch::Lease;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 /// Domains in one part of the table.
 const PART: usize = 256;
@@ -29,6 +31,8 @@ pub(crate) struct KeyDomain {
     pub(crate) bell: Bell,
     /// The lease that the watch begins with; it takes it.
     pub(crate) lease: Mutex<Option<Lease>, rank::Domains>,
+    /// What the KMS was told last that depends on the key, and when.
+    pub(crate) reported: Mutex<Option<(Dependants, Instant)>, rank::Domains>,
     /// The KMS says that the CMK is destroyed.
     is_destroyed: AtomicBool,
     /// The orphans that an earlier mount left in it are noted.
@@ -45,6 +49,7 @@ impl KeyDomain {
             is_shut_by_hand: Mutex::numbered(id.0.into(), false),
             bell: Bell::default(),
             lease: Mutex::new(lease),
+            reported: Mutex::new(None),
             is_destroyed: AtomicBool::new(false),
             are_orphans_known: AtomicBool::new(false),
         }

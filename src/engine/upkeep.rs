@@ -147,6 +147,12 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
                 let access = core.serve(domain);
                 access.and_then(|access| access.refill_nursery_ahead())
             }
+            Fetch::Report(domain) => {
+                if let Ok(domain) = core.domains.get(domain) {
+                    core.report(domain);
+                }
+                Ok(())
+            }
             Fetch::Files(files) => {
                 let domain = files.first().map_or(Domain::FIRST, |ino| ino.domain());
                 core.serve(domain).and_then(|access| access.prefetch_keys(&files))

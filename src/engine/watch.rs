@@ -4,7 +4,7 @@
 
 use super::bell::Wake;
 use super::clock::Clock;
-use super::core::{Access, Core};
+use super::core::{Access, Core, Fetch};
 use super::domains::{KeyDomain, Known};
 use super::error::{Error, Result};
 use super::format::chunk::BLOCK;
@@ -60,8 +60,6 @@ struct KeyWatch {
     lease: Lease,
     /// Content was stored since the last renewal, because there may not be another.
     is_flushed: bool,
-    /// What the KMS was told last, and when.
-    reported: Option<(Dependants, Instant)>,
 }
 
 /// How long the steps of going dark took, for the log.
@@ -119,7 +117,6 @@ fn watch_key(core: &Core, domain: &KeyDomain) {
     let mut watch = KeyWatch {
         lease: lease.unwrap_or_else(|| Lease::none(core.clock.monotonic())),
         is_flushed: false,
-        reported: None,
     };
     while domain.bell.wait(core.options.key_poll_interval) == Wake::Work {
         let poll = AssertUnwindSafe(|| core.poll_key(domain, &mut watch));
@@ -175,7 +172,9 @@ impl Core {
                 watch.lease = Lease { asked, length: lease };
                 watch.is_flushed = false;
                 self.relight(domain);
-                self.report(domain, watch);
+                if self.due_report(domain).is_some() {
+                    self.fetch_ahead(Fetch::Report(domain.id));
+                }
             }
             Ok(Renewal {
                 epoch,
@@ -205,8 +204,8 @@ impl Core {
         }
     }
 
-    /// Tells the KMS what depends on the key, if that is not what it was told.
-    fn report(&self, domain: &KeyDomain, watch: &mut KeyWatch) {
+    /// What the KMS is to be told that depends on a key, if that is not what it was told.
+    fn due_report(&self, domain: &KeyDomain) -> Option<Dependants> {
         let now = self.clock.monotonic();
         let holds = self.committer.holds(domain.id);
         let known = self.domains.known(domain.id);
@@ -219,18 +218,23 @@ impl Core {
                 is_removed,
             },
         };
-        let is_due = match watch.reported {
+        let is_due = match *domain.reported.lock() {
             Some((told, when)) => {
                 let is_time = now.saturating_duration_since(when) >= REPORT_INTERVAL;
                 told != dependants && (is_time || is_removed)
             }
             None => true,
         };
-        if !is_due {
+        is_due.then_some(dependants)
+    }
+
+    /// Tells the KMS what depends on a key. Not on the thread that watches it: a revocation waits for that one.
+    pub(crate) fn report(&self, domain: &KeyDomain) {
+        let Some(dependants) = self.due_report(domain) else {
             return;
-        }
+        };
         match domain.keyring.service().report(dependants) {
-            Ok(()) => watch.reported = Some((dependants, now)),
+            Ok(()) => *domain.reported.lock() = Some((dependants, self.clock.monotonic())),
             Err(error) => tracing::debug!(%error, "the KMS was not told what depends on the key"),
         }
     }
