@@ -30,6 +30,8 @@ const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// How long a connection may take to answer a ping before it is given up.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 
+/// The priority (nice(1)) of the daemon, where that is permitted.
+const NICE: i32 = -10;
 /// How often it looks for keys whose window has passed.
 const DESTRUCTION_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -74,6 +76,7 @@ pub enum ServeError {
 /// # Errors
 /// [`ServeError`]
 pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
+    take_precedence();
     let kept = kept::taken_back();
     // The keystore's lock is taken first: it decides whether what lies at the socket's path may be replaced.
     let sessions: Vec<_> = kept.keys().copied().collect();
@@ -94,6 +97,14 @@ pub fn serve(options: ServeOptions) -> Result<(), ServeError> {
     runtime.shutdown_timeout(Duration::from_secs(1));
     engine.close();
     outcome
+}
+
+/// Has this thread, and those that it starts, go before other programs where that is permitted: what keeps every processor
+/// busy may be the very programs that are to see nothing more of a key that is taken away.
+fn take_precedence() {
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::debug!(%error, "it goes before no other program");
+    }
 }
 
 async fn run(socket: &Path, socket_mode: u32, engine: &Arc<Engine>) -> Result<(), ServeError> {

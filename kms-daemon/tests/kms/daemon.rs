@@ -68,6 +68,30 @@ fn it_starts_within_a_second_and_serves_one_home_once() {
     kms.create_key();
 }
 
+/// Programs that keep every processor busy are not to put off the end of what they see.
+#[test]
+fn every_thread_that_serves_goes_before_other_programs() {
+    let kms = Kms::start();
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "a priority is taken as root"
+    );
+    // A call has the threads started that serve calls.
+    kms.create_key();
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", kms.pid())).unwrap();
+    let of_task = |task: PathBuf| {
+        let stat = std::fs::read_to_string(task.join("stat")).unwrap();
+        let (name, rest) = stat.rsplit_once(')').unwrap();
+        // Field 19 of /proc/PID/stat, the third behind the name.
+        let nice: i32 = rest.split_ascii_whitespace().nth(16).unwrap().parse().unwrap();
+        (name.to_owned(), nice)
+    };
+    let nices: Vec<_> = tasks.map(|task| of_task(task.unwrap().path())).collect();
+    let (log, others): (Vec<_>, Vec<_>) = nices.into_iter().partition(|(name, _)| name.contains("tracing"));
+    assert!(log.len() <= 1 && others.len() > 2, "{log:?} {others:?}");
+    assert!(others.iter().all(|(_, nice)| *nice == -10), "{others:?}");
+}
+
 #[test]
 fn the_socket_is_the_owner_s_alone_and_goes_with_the_daemon() {
     let mut kms = Kms::start();
