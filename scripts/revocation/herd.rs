@@ -55,13 +55,16 @@ pub enum Phase {
     Before,
     During,
     Dark,
+    /// Begun in the dark, and under way when the key was enabled again: it may have found it so.
+    Dawn,
     After,
 }
 
 impl Times {
-    pub fn phase(&self, begin: u64) -> Phase {
+    pub fn phase(&self, begin: u64, end: u64) -> Phase {
         match begin {
             begin if begin >= self.enabled => Phase::After,
+            begin if begin >= self.returned && end >= self.enabled => Phase::Dawn,
             begin if begin >= self.returned => Phase::Dark,
             begin if begin >= self.called => Phase::During,
             _ => Phase::Before,
@@ -178,14 +181,17 @@ impl Herd {
         let mut violations = 0;
         for member in &self.members {
             for entry in member.entries() {
-                let phase = times.phase(entry.begin);
+                let phase = times.phase(entry.begin, entry.end);
                 if entry.errno == 0 && entry.what == What::Access && phase == Phase::Dark {
                     violations += 1;
                     if violations <= 5 {
-                        let after = (entry.begin - times.returned) / 1000;
+                        let since = |from: u64| (entry.begin - from) / 1000;
                         eprintln!(
-                            "VIOLATION: {:?}, begun {after} us after DisableKey returned",
-                            member.role
+                            "VIOLATION: {:?}, begun {} us after DisableKey returned, ended {} us before EnableKey was called, within {} us",
+                            member.role,
+                            since(times.returned),
+                            (times.enabled - entry.end) / 1000,
+                            (entry.end - entry.begin) / 1000
                         );
                     }
                 }

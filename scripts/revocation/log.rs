@@ -17,6 +17,8 @@ pub struct Log {
 
 pub struct Entry {
     pub begin: u64,
+    /// At the latest.
+    pub end: u64,
     pub what: What,
     pub errno: u32,
 }
@@ -72,8 +74,10 @@ impl Log {
         for number in from..until {
             let place = LOG_ENTRIES + (number % RING) as usize * 2;
             let packed = self.words[place + 1].load(Ordering::Relaxed);
+            let begin = self.words[place].load(Ordering::Relaxed);
             to.push(Entry {
-                begin: self.words[place].load(Ordering::Relaxed),
+                begin,
+                end: begin + ((packed >> 32) + 1) * 1000,
                 what: if (packed >> 16) & 0xff == 0 {
                     What::Access
                 } else {
