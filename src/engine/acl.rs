@@ -8,7 +8,7 @@ use super::error::{Error, Result};
 use super::format::dirent::Xattr;
 use super::format::rowkey::Table;
 use super::staged::Staged;
-use super::table::Search;
+use super::table::{Search, Spot};
 use super::types::{FileKind, Ino, NewNode};
 
 /// The attribute of an inode's access ACL.
@@ -182,7 +182,7 @@ pub(crate) struct Inherited {
 
 impl Access<'_> {
     /// The ACL stored under `name` for an inode whose lock is held.
-    fn stored_acl(&self, staged: &Staged<'_>, ino: Ino, name: &[u8]) -> Result<Option<(u64, Acl)>> {
+    fn stored_acl(&self, staged: &Staged<'_>, ino: Ino, name: &[u8]) -> Result<Option<(Spot, Acl)>> {
         if staged.state(ino)?.record.xattrs == 0 {
             return Ok(None);
         }

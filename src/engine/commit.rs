@@ -3,8 +3,10 @@
 
 use super::error::{Error, Result};
 use super::format::domain::Usage;
-use super::format::root::RootRecord;
-use super::format::rowkey::{self, Family};
+use super::format::root::{DomainRoot, RootRecord};
+use super::format::rowkey::{self, Cover, Family};
+use super::format::rowsum::RowSum;
+use super::format::seal::Seal;
 use super::keys::DomainKeys;
 use super::space::Space;
 use super::store::{Change, Mode, Store, SyncError};
@@ -28,6 +30,20 @@ pub(crate) struct Batch {
     blocks: i64,
     /// What a domain is said to hold from now on, whatever it was; none to have nothing said of it any more.
     usage: Option<(Domain, Option<Usage>)>,
+    /// By how much the sums change that cover the changed rows.
+    sums: Sums,
+    /// What seals the roots of the domains but the first whose sums change.
+    keys: Vec<Arc<DomainKeys>>,
+    /// A domain all of whose rows go.
+    ended: Option<Domain>,
+}
+
+/// By how much sums of rows change.
+#[derive(Default)]
+struct Sums {
+    domains: BTreeMap<Domain, RowSum>,
+    /// Until the inodes' records take them in.
+    inodes: BTreeMap<Ino, RowSum>,
 }
 
 impl Batch {
@@ -41,6 +57,56 @@ impl Batch {
 
     pub(crate) fn delete_range(&mut self, family: Family, from: Vec<u8>, to: Vec<u8>) {
         self.changes.push(Change::DeleteRange(family, from, to));
+    }
+
+    /// Notes that a row takes the place of another, in the sum that covers both.
+    pub(crate) fn note_replaced(
+        &mut self,
+        keys: &DomainKeys,
+        key: &[u8],
+        old: Option<&Seal>,
+        new: Option<&Seal>,
+    ) {
+        if !keys.has_roots() {
+            return;
+        }
+        let sum = match rowkey::cover(key) {
+            Some(Cover::Domain(domain)) => self.sums.domains.entry(domain).or_default(),
+            Some(Cover::Inode(ino)) => self.sums.inodes.entry(ino).or_default(),
+            None => return,
+        };
+        keys.replace_in(sum, key, old, new);
+    }
+
+    /// Changes the sum of a domain's records by so much more than its records do.
+    pub(crate) fn adjust(&mut self, domain: Domain, change: RowSum) {
+        self.sums.domains.entry(domain).or_default().merge(change);
+    }
+
+    /// Takes out by how much the sum of an inode's rows changes, for its record.
+    pub(crate) fn take_change_of(&mut self, ino: Ino) -> RowSum {
+        self.sums.inodes.remove(&ino).unwrap_or_default()
+    }
+
+    /// The domains but the first whose sums change.
+    pub(crate) fn summed_domains(&self) -> impl Iterator<Item = Domain> {
+        let domains = self.sums.domains.keys().copied();
+        domains.filter(|domain| *domain != Domain::FIRST)
+    }
+
+    /// Hands over what seals the root of a domain.
+    pub(crate) fn seal_with(&mut self, keys: Arc<DomainKeys>) {
+        self.keys.push(keys);
+    }
+
+    /// Whether a change to the rows of an inode has been taken in by no record.
+    pub(crate) fn has_loose_change(&self) -> bool {
+        !self.sums.inodes.is_empty()
+    }
+
+    /// Notes that all rows of a domain go.
+    pub(crate) fn end_domain(&mut self, domain: Domain) {
+        self.ended = Some(domain);
     }
 
     /// Counts inodes of a domain, the only one that this batch counts for.
@@ -69,7 +135,7 @@ impl Batch {
     }
 
     /// Adds to what is said of domains what this batch says: `before` of those that nothing was said of yet in this commit.
-    fn note_usage(&self, before: &BTreeMap<Domain, Usage>, said: &mut BTreeMap<Domain, Option<Usage>>) {
+    fn note_usage(&self, before: &BTreeMap<Domain, Counted>, said: &mut BTreeMap<Domain, Option<Usage>>) {
         if let Some((domain, usage)) = self.usage {
             said.insert(domain, usage);
         }
@@ -78,7 +144,7 @@ impl Batch {
         }
         let usage = said
             .entry(self.domain)
-            .or_insert_with(|| before.get(&self.domain).copied());
+            .or_insert_with(|| before.get(&self.domain).map(|counted| counted.usage));
         // Nothing is counted for a domain that is gone.
         if let Some(usage) = usage {
             usage.inodes = usage.inodes.saturating_add_signed(self.inodes);
@@ -125,7 +191,33 @@ pub(crate) struct Written {
     pub(crate) root: RootRecord,
     pub(crate) row: Vec<u8>,
     /// What each domain but the first holds.
-    pub(crate) usage: BTreeMap<Domain, Usage>,
+    pub(crate) usage: BTreeMap<Domain, Counted>,
+    /// The root records of all domains but the first.
+    pub(crate) roots: BTreeMap<Domain, StoredRoot>,
+}
+
+/// What a domain holds, and how that is stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Counted {
+    pub(crate) usage: Usage,
+    pub(crate) seal: Seal,
+}
+
+/// A domain's root record.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StoredRoot {
+    pub(crate) seal: Seal,
+    /// None until it is needed: it takes the domain's keys to read.
+    pub(crate) sum: Option<RowSum>,
+}
+
+/// What a commit writes besides the changes that it was given, and what is known once it is there.
+struct Ending {
+    changes: Vec<Change>,
+    root: RootRecord,
+    row: Vec<u8>,
+    usage: BTreeMap<Domain, Option<Counted>>,
+    roots: BTreeMap<Domain, Option<StoredRoot>>,
 }
 
 /// Orders commits and knows which of them are durable.
@@ -197,53 +289,129 @@ impl Committer {
 
     fn write(&self, keys: &DomainKeys, last: &mut Written, group: &[&Batch]) -> Result<Seq> {
         self.check()?;
+        let ending = self.ending(keys, last, group)?;
+        let changes = || {
+            let changes = group.iter().flat_map(|batch| &batch.changes);
+            changes.chain(&ending.changes)
+        };
+        let has_room = || self.has_room(group);
+        let expected: [&[u8]; 2] = [&ending.row, &last.row];
+        let key = rowkey::root(keys.domain());
+        let root = ending.root;
+        self.append(&expected, &key, root.commit_seq, has_room, || {
+            self.store.write(changes())
+        })?;
+        let deletes = changes().any(|change| !matches!(change, Change::Put(..)));
+        last.root = root;
+        last.row = ending.row;
+        update(&mut last.usage, ending.usage);
+        update(&mut last.roots, ending.roots);
+        if deletes {
+            self.deletions.fetch_add(1, Ordering::Relaxed);
+        }
+        self.committed.store(root.commit_seq, Ordering::Release);
+        Ok(Seq(root.commit_seq))
+    }
+
+    /// What ends the commit of these batches: the counts of the domains that they count for, the roots of those whose records
+    /// change, and the root record.
+    fn ending(&self, keys: &DomainKeys, last: &Written, group: &[&Batch]) -> Result<Ending> {
         let mut root = RootRecord {
             commit_seq: last.root.commit_seq.saturating_add(1),
             durable_seq: self.durable.load(Ordering::Acquire),
             ..last.root
         };
         let mut touched = BTreeMap::new();
+        let mut sums = BTreeMap::<Domain, RowSum>::new();
         for batch in group {
             root.inodes = root.inodes.saturating_add_signed(batch.inodes);
             root.blocks = root.blocks.saturating_add_signed(batch.blocks);
             batch.note_usage(&last.usage, &mut touched);
+            for (domain, change) in &batch.sums.domains {
+                sums.entry(*domain).or_default().merge(*change);
+            }
         }
-        let mut own = Vec::new();
-        for (domain, usage) in &touched {
-            let key = rowkey::usage(*domain);
-            own.push(match usage {
-                Some(usage) => {
-                    let row = keys.seal_row(Family::Meta, &key, &usage.encode())?;
-                    Change::Put(Family::Meta, key, row)
+        let mut first = sums.remove(&Domain::FIRST).unwrap_or_default();
+        let mut changes = Vec::new();
+        let mut put =
+            |first: &mut RowSum, sealer: &DomainKeys, key: Vec<u8>, old: Option<&Seal>, plain: &[u8]| {
+                let row = sealer.seal_row(Family::Meta, &key, plain)?;
+                let seal = Seal::of_row(&row).ok_or_else(short_row)?;
+                keys.replace_in(first, &key, old, Some(&seal));
+                changes.push(Change::Put(Family::Meta, key, row));
+                Ok::<_, Error>(seal)
+            };
+        let mut roots = BTreeMap::new();
+        for (domain, change) in sums {
+            let sealer = group.iter().flat_map(|batch| &batch.keys);
+            let sealer = sealer.rev().find(|sealer| sealer.domain() == domain);
+            let sealer = sealer.ok_or_else(|| missing_keys(domain))?;
+            let stored = last.roots.get(&domain);
+            let mut sum = self.sum_of(sealer, stored)?;
+            sum.merge(change);
+            let record = DomainRoot {
+                commit_seq: root.commit_seq,
+                sum,
+            };
+            let old = stored.map(|stored| &stored.seal);
+            let seal = put(&mut first, sealer, rowkey::root(domain), old, &record.encode())?;
+            roots.insert(domain, Some(StoredRoot { seal, sum: Some(sum) }));
+        }
+        let mut usage = BTreeMap::new();
+        for (domain, held) in touched {
+            let key = rowkey::usage(domain);
+            let old = last.usage.get(&domain).map(|counted| &counted.seal);
+            let counted = match held {
+                Some(held) => {
+                    let seal = put(&mut first, keys, key, old, &held.encode())?;
+                    Some(Counted { usage: held, seal })
                 }
-                None => Change::Delete(Family::Meta, key),
-            });
+                None => {
+                    keys.replace_in(&mut first, &key, old, None);
+                    None
+                }
+            };
+            usage.insert(domain, counted);
+        }
+        for (domain, _) in usage.iter().filter(|(_, counted)| counted.is_none()) {
+            changes.push(Change::Delete(Family::Meta, rowkey::usage(*domain)));
+        }
+        for ended in group.iter().filter_map(|batch| batch.ended) {
+            let old = last.roots.get(&ended).map(|stored| &stored.seal);
+            keys.replace_in(&mut first, &rowkey::root(ended), old, None);
+            roots.insert(ended, None);
+        }
+        if let Some(sum) = &mut root.sum {
+            sum.merge(first);
         }
         let key = rowkey::root(keys.domain());
         let row = keys.seal_row(Family::Meta, &key, &root.encode())?;
-        own.push(Change::Put(Family::Meta, key.clone(), row.clone()));
-        let changes = || {
-            let changes = group.iter().flat_map(|batch| &batch.changes);
-            changes.chain(&own)
-        };
-        let has_room = || self.has_room(group);
-        let expected: [&[u8]; 2] = [&row, &last.row];
-        self.append(&expected, &key, root.commit_seq, has_room, || {
-            self.store.write(changes())
-        })?;
-        last.root = root;
-        last.row = row;
-        for (domain, usage) in touched {
-            match usage {
-                Some(usage) => last.usage.insert(domain, usage),
-                None => last.usage.remove(&domain),
-            };
+        changes.push(Change::Put(Family::Meta, key, row.clone()));
+        Ok(Ending {
+            changes,
+            root,
+            row,
+            usage,
+            roots,
+        })
+    }
+
+    /// The sum of a domain's records, of which there are none yet if it has no root.
+    fn sum_of(&self, keys: &DomainKeys, stored: Option<&StoredRoot>) -> Result<RowSum> {
+        match stored {
+            None => Ok(RowSum::default()),
+            Some(StoredRoot { sum: Some(sum), .. }) => Ok(*sum),
+            Some(StoredRoot { seal, sum: None }) => {
+                let key = rowkey::root(keys.domain());
+                let row = self.store.get(Family::Meta, &key)?.unwrap_or_default();
+                let plain = keys.open_row(Family::Meta, &key, &row);
+                let root = plain.and_then(|plain| DomainRoot::decode(&plain).ok());
+                let root = root.filter(|_| Seal::of_row(&row).as_ref() == Some(seal));
+                root.map(|root| root.sum).ok_or_else(|| Error::Corrupt {
+                    what: format!("the root record of key domain {}", keys.domain().0),
+                })
+            }
         }
-        if changes().any(|change| !matches!(change, Change::Put(..))) {
-            self.deletions.fetch_add(1, Ordering::Relaxed);
-        }
-        self.committed.store(root.commit_seq, Ordering::Release);
-        Ok(Seq(root.commit_seq))
     }
 
     /// Whether batches may be tried. What is large must find room, and leave some for what frees space; so must content that
@@ -342,7 +510,7 @@ impl Committer {
                 Domain::FIRST => &mut last.root.ino_limit,
                 // A domain that is gone gives no numbers.
                 _ => match last.usage.get_mut(&domain) {
-                    Some(usage) => &mut usage.ino_limit,
+                    Some(counted) => &mut counted.usage.ino_limit,
                     None => return Err(Error::Posix(libc::ESTALE)),
                 },
             };
@@ -409,7 +577,8 @@ impl Committer {
 
     /// What a domain but the first holds, as of the last commit; `None` once it is gone.
     pub(crate) fn usage(&self, domain: Domain) -> Option<Usage> {
-        self.writer.lock().usage.get(&domain).copied()
+        let last = self.writer.lock();
+        last.usage.get(&domain).map(|counted| counted.usage)
     }
 
     /// What a domain holds, the first too: of the whole volume what is no other's.
@@ -417,7 +586,8 @@ impl Committer {
         let last = self.writer.lock();
         match domain {
             Domain::FIRST => {
-                let sum = |count: fn(&Usage) -> u64| last.usage.values().map(count).sum();
+                let sum =
+                    |count: fn(&Usage) -> u64| last.usage.values().map(|other| count(&other.usage)).sum();
                 let (inodes, blocks): (u64, u64) = (sum(|usage| usage.inodes), sum(|usage| usage.blocks));
                 Usage {
                     ino_limit: last.root.ino_limit,
@@ -425,7 +595,10 @@ impl Committer {
                     blocks: last.root.blocks.saturating_sub(blocks),
                 }
             }
-            _ => last.usage.get(&domain).copied().unwrap_or_default(),
+            _ => last
+                .usage
+                .get(&domain)
+                .map_or_else(Usage::default, |counted| counted.usage),
         }
     }
 
@@ -444,5 +617,29 @@ impl Committer {
             tracing::error!(%error, "the log failed; the volume accepts no more changes");
         }
         result
+    }
+}
+
+/// Takes in what a commit changed.
+fn update<T>(known: &mut BTreeMap<Domain, T>, changed: BTreeMap<Domain, Option<T>>) {
+    for (domain, now) in changed {
+        match now {
+            Some(now) => known.insert(domain, now),
+            None => known.remove(&domain),
+        };
+    }
+}
+
+fn short_row() -> Error {
+    Error::Storage {
+        errno: libc::EIO,
+        message: "a row was sealed without a seal".to_owned(),
+    }
+}
+
+fn missing_keys(domain: Domain) -> Error {
+    Error::Storage {
+        errno: libc::EIO,
+        message: format!("nothing seals the root of key domain {}", domain.0),
     }
 }

@@ -3,10 +3,12 @@
 //! A block is written to its slot if no record that may survive a crash names that slot; else inline, or, if its
 //! whole chunk is overwritten, to a fresh run. Files up to [`INLINE_BYTES_MAX`] stay inline.
 
+use super::chunkcache::PublishedChunk;
 use super::core::Access;
 use super::error::{Error, Result};
-use super::format::chunk::{BLOCK, Block, CHUNK, CHUNK_BLOCKS, Chunk, Seal};
+use super::format::chunk::{BLOCK, Block, CHUNK, CHUNK_BLOCKS, Chunk};
 use super::format::rowkey::{self, Family};
+use super::format::seal::Seal;
 use super::keys::FileKey;
 use super::node::{Node, NodeState, PendingChunk};
 use super::space::Room;
@@ -27,7 +29,7 @@ type SealedBlock = (Seal, u16);
 /// A chunk as readers see it: pending content first.
 enum View<'s> {
     Pending(&'s PendingChunk),
-    Published(Arc<Chunk>),
+    Published(Arc<PublishedChunk>),
 }
 
 impl View<'_> {
@@ -105,7 +107,12 @@ impl Incoming {
 }
 
 impl Access<'_> {
-    pub(crate) fn published_chunk(&self, node: &Node, state: &NodeState, index: u64) -> Result<Arc<Chunk>> {
+    pub(crate) fn published_chunk(
+        &self,
+        node: &Node,
+        state: &NodeState,
+        index: u64,
+    ) -> Result<Arc<PublishedChunk>> {
         let generation = state.file.generation;
         if let Some(chunk) = self.chunks.get(generation, index) {
             return Ok(chunk);
@@ -115,7 +122,10 @@ impl Access<'_> {
         }
         let key = rowkey::chunk(node.ino, index);
         let chunk = match self.store.get(Family::Meta, &key)? {
-            Some(sealed) => Arc::new(self.open_chunk(node.ino, &key, &sealed)?),
+            Some(sealed) => {
+                let chunk = self.open_chunk(node.ino, &key, &sealed)?;
+                PublishedChunk::new(chunk, Seal::of_row(&sealed))
+            }
             None => Arc::default(),
         };
         self.chunks.put(generation, index, Arc::clone(&chunk));
@@ -429,7 +439,7 @@ impl Access<'_> {
                 if chunk.run.is_some() && chunk.is_drainable() {
                     state.file.drainable.insert(index);
                 }
-                Box::new(PendingChunk::new((*chunk).clone()))
+                Box::new(PendingChunk::new(chunk.chunk().clone()))
             }
         };
         let (blocks, run) = (pending.chunk.allocated(), pending.chunk.run);

@@ -12,16 +12,19 @@ use super::filekeys::FileKeys;
 use super::format::inode::InodeRecord;
 use super::format::root::SealRecord;
 use super::format::rowkey::{self, Family};
+use super::format::rowsum::RowSum;
+use super::format::seal::Seal;
 use super::keyring::{Admission, KeyState, Purpose};
 use super::keys::DomainKeys;
 use super::keyservice::CacheObserver;
-use super::node::{Node, NodeTable};
+use super::node::{Node, NodeTable, Stored};
 use super::orphan::Orphans;
 use super::slots::Slots;
 use super::space::{Room, Space};
 use super::store::Store;
 use super::sync::{Mutex, rank};
 use super::types::{Domain, FileKind, Ino, Timestamp};
+use super::verification::VerifierBell;
 use super::volume::Options;
 use kms_crypto::Nonce;
 use std::collections::HashSet;
@@ -68,6 +71,10 @@ pub(crate) struct Core {
     pub(crate) domains_bell: Bell,
     /// Wakes the thread that compacts.
     pub(crate) compact_bell: Bell,
+    /// Wakes the thread that verifies.
+    pub(crate) verify_bell: VerifierBell,
+    /// Wakes whoever waits for what is verified.
+    pub(crate) verified_bell: Bell,
     /// Work for the thread that fetches keys ahead of their use.
     pub(crate) fetches: SyncSender<Fetch>,
     /// Holds the volume's exclusive flock(2).
@@ -113,8 +120,18 @@ impl Core {
     }
 
     /// Access for an operation that a program makes to change something.
+    ///
+    /// # Errors
+    /// EROFS, too, where what is there was found not to be what was last written.
     pub(crate) fn change(&self, domain: Domain) -> Result<Access<'_>> {
         self.refuse_read_only()?;
+        if self
+            .domains
+            .get(domain)
+            .is_ok_and(|domain| domain.trust.is_lost())
+        {
+            return Err(Error::Posix(libc::EROFS));
+        }
         self.access(domain, Purpose::Serve)
     }
 
@@ -242,14 +259,14 @@ impl<'c> Access<'c> {
     /// The domains that this gives access to, in ascending order.
     pub(crate) fn reached(&self) -> Vec<Domain> {
         let keys = self.admissions().map(Admission::keys);
-        keys.map(DomainKeys::domain).collect()
+        keys.map(|keys| keys.domain()).collect()
     }
 
     /// The keys of a domain.
     ///
     /// # Errors
     /// EXDEV if this gives no access to it.
-    pub(crate) fn keys_of(&self, domain: Domain) -> Result<&DomainKeys> {
+    pub(crate) fn keys_of(&self, domain: Domain) -> Result<&Arc<DomainKeys>> {
         let mut keys = self.admissions().map(Admission::keys);
         keys.find(|keys| keys.domain() == domain)
             .ok_or(Error::Posix(libc::EXDEV))
@@ -288,28 +305,113 @@ impl<'c> Access<'c> {
             .ok_or_else(|| Error::corrupt_inode(ino))
     }
 
-    fn keys_of_row(&self, key: &[u8]) -> Result<&DomainKeys> {
+    fn keys_of_row(&self, key: &[u8]) -> Result<&Arc<DomainKeys>> {
         self.keys_of(rowkey::domain_of(key).unwrap_or(Domain::FIRST))
     }
 
-    pub(crate) fn put_row(&self, batch: &mut Batch, key: Vec<u8>, plain: &[u8]) -> Result<()> {
-        let sealed = self.keys_of_row(&key)?.seal_row(Family::Meta, &key, plain)?;
+    /// The seal of the row that is stored under `key`.
+    pub(crate) fn stored_seal(&self, key: &[u8]) -> Result<Option<Seal>> {
+        let row = self.store.get(Family::Meta, key)?;
+        Ok(row.and_then(|row| Seal::of_row(&row)))
+    }
+
+    /// Puts a row in the place of the one that is stored under its key, whose seal is `old`, if there is one. Whoever changes a
+    /// row holds the lock that keeps others from it until the commit. Returns the new row's seal.
+    pub(crate) fn put_row(
+        &self,
+        batch: &mut Batch,
+        key: Vec<u8>,
+        plain: &[u8],
+        old: Option<&Seal>,
+    ) -> Result<Seal> {
+        let keys = self.keys_of_row(&key)?;
+        let sealed = keys.seal_row(Family::Meta, &key, plain)?;
+        let new = Seal::of_row(&sealed).ok_or_else(|| Error::corrupt_inode(Ino::default()))?;
+        self.note_replaced(batch, &key, old, Some(&new))?;
         batch.put(Family::Meta, key, sealed);
+        Ok(new)
+    }
+
+    /// Deletes the row that is stored under `key`, whose seal is `old`.
+    pub(crate) fn delete_row(&self, batch: &mut Batch, key: Vec<u8>, old: Option<&Seal>) -> Result<()> {
+        self.note_replaced(batch, &key, old, None)?;
+        batch.delete(Family::Meta, key);
         Ok(())
     }
 
-    pub(crate) fn put_inode(&self, batch: &mut Batch, ino: Ino, record: &InodeRecord) -> Result<()> {
-        self.put_row(batch, rowkey::inode(ino), &record.encode())
+    /// Notes in the sums that a row takes the place of another, one of which may be absent.
+    pub(crate) fn note_replaced(
+        &self,
+        batch: &mut Batch,
+        key: &[u8],
+        old: Option<&Seal>,
+        new: Option<&Seal>,
+    ) -> Result<()> {
+        let keys = self.keys_of_row(key)?;
+        debug_assert!(
+            !keys.has_roots()
+                || self
+                    .stored_seal(key)
+                    .map_or(true, |stored| stored.as_ref() == old),
+            "what is said to be stored under {key:?} is not"
+        );
+        batch.note_replaced(keys, key, old, new);
+        Ok(())
     }
 
-    pub(crate) fn commit(&self, batch: Batch) -> Result<Seq> {
+    /// Puts an inode's record in the place of the one that is stored, with what the batch changes of the inode's other rows,
+    /// all of which is in the batch. What it is stored as once that is committed.
+    pub(crate) fn put_inode(
+        &self,
+        batch: &mut Batch,
+        ino: Ino,
+        record: &InodeRecord,
+        old: Option<&Stored>,
+    ) -> Result<Stored> {
+        let mut rows = match old {
+            Some(old) => old.rows,
+            None => self.keys_of(ino.domain())?.has_roots().then(RowSum::default),
+        };
+        let change = batch.take_change_of(ino);
+        if let Some(rows) = &mut rows {
+            rows.merge(change);
+        }
+        let plain = record.encode(rows.as_ref());
+        let seal = self.put_row(batch, rowkey::inode(ino), &plain, old.map(|old| &old.seal))?;
+        Ok(Stored { seal, rows })
+    }
+
+    pub(crate) fn commit(&self, mut batch: Batch) -> Result<Seq> {
+        debug_assert!(
+            !batch.has_loose_change(),
+            "an inode's rows change without its record"
+        );
+        let domains: Vec<_> = batch.summed_domains().collect();
+        for domain in domains {
+            batch.seal_with(Arc::clone(self.keys_of(domain)?));
+        }
         self.committer.commit(self.first.keys(), batch)
     }
 
-    /// The stored record of an inode that may not be there.
-    pub(crate) fn stored_record(&self, ino: Ino) -> Result<Option<InodeRecord>> {
-        let plain = self.row(ino, &rowkey::inode(ino))?;
-        plain.map(|plain| decode_record(ino, &plain)).transpose()
+    /// The record of an inode that may not be there, and how it is stored.
+    pub(crate) fn stored_record(&self, ino: Ino) -> Result<Option<(InodeRecord, Stored)>> {
+        let key = rowkey::inode(ino);
+        let Some(sealed) = self.store.get(Family::Meta, &key)? else {
+            return Ok(None);
+        };
+        self.open_record(ino, &key, &sealed).map(Some)
+    }
+
+    /// Opens an inode's record.
+    pub(crate) fn open_record(&self, ino: Ino, key: &[u8], sealed: &[u8]) -> Result<(InodeRecord, Stored)> {
+        let plain = self.open_row(ino, key, sealed)?;
+        let seal = Seal::of_row(sealed).ok_or_else(|| Error::corrupt_inode(ino))?;
+        let (record, rows) = InodeRecord::decode(&plain).map_err(|_| Error::corrupt_inode(ino))?;
+        // A record without a sum in a volume with sums is of no program that made it.
+        if rows.is_some() != self.keys_of(ino.domain())?.has_roots() {
+            return Err(Error::corrupt_inode(ino));
+        }
+        Ok((record, Stored { seal, rows }))
     }
 
     /// The node of an inode.
@@ -324,8 +426,8 @@ impl<'c> Access<'c> {
                 Ok(node) => return Ok(node),
                 Err(seen) => seen,
             };
-            let record = self.stored_record(ino)?.ok_or(Error::Posix(libc::ESTALE))?;
-            let node = Node::new(ino, record, self.poisoned.lock().contains(&ino));
+            let (record, stored) = self.stored_record(ino)?.ok_or(Error::Posix(libc::ESTALE))?;
+            let node = Node::new(ino, record, stored, self.poisoned.lock().contains(&ino));
             if let Some(node) = self.nodes.insert(node, seen) {
                 return Ok(node);
             }
@@ -359,8 +461,4 @@ impl<'c> Access<'c> {
             _ => Err(Error::Posix(libc::EINVAL)),
         }
     }
-}
-
-pub(crate) fn decode_record(ino: Ino, plain: &[u8]) -> Result<InodeRecord> {
-    InodeRecord::decode(plain).map_err(|_| Error::corrupt_inode(ino))
 }

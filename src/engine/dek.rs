@@ -4,7 +4,7 @@
 //! is listed, and files opened one after the other. Files made together have neighbouring numbers, and are mostly
 //! read together, too, whether in the order of their names or of their places.
 
-use super::core::{Access, decode_record};
+use super::core::Access;
 use super::error::Result;
 use super::format::rowkey::{self, Family};
 use super::keys::FileKey;
@@ -82,10 +82,7 @@ impl Access<'_> {
         for ((ino, key), sealed) in missing.iter().zip(&keys).zip(rows) {
             let Some(sealed) = sealed else { continue };
             // What is damaged shows when it is used.
-            let record = self
-                .open_row(*ino, key, &sealed)
-                .and_then(|plain| decode_record(*ino, &plain));
-            if let Ok(record) = record
+            if let Ok((record, _)) = self.open_record(*ino, key, &sealed)
                 && record.kind == FileKind::Regular
             {
                 deks.push((*ino, record.wrapped_dek.to_vec()));

@@ -1,7 +1,7 @@
 //! Listing directories. A cookie is the place of an entry in its directory's table, so that it stays good while
 //! other entries come and go.
 
-use super::core::{Access, Fetch, decode_record};
+use super::core::{Access, Fetch};
 use super::error::{Error, Result};
 use super::format::dirent::Dirent;
 use super::format::rowkey::{self, Family, Table};
@@ -162,9 +162,7 @@ impl Access<'_> {
             let Some((key, Some(sealed))) = rows.next() else {
                 return Err(Error::corrupt_inode(ino));
             };
-            Ok(Some(
-                decode_record(ino, &self.open_row(ino, key, &sealed)?)?.attr(ino),
-            ))
+            Ok(Some(self.open_record(ino, key, &sealed)?.0.attr(ino)))
         });
         attrs.collect()
     }

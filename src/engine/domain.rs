@@ -15,6 +15,7 @@ use super::namespace::{new_record, touch};
 use super::node::Node;
 use super::staged::Staged;
 use super::types::{Domain, FileKind, Ino, NewNode};
+use super::verification::{Trust, Verification};
 use super::watch::{Lease, RENEWAL_MAX};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -40,6 +41,8 @@ pub struct DomainStatus {
     pub inodes: u64,
     /// Blocks of 4 KiB in it that are not holes.
     pub blocks: u64,
+    /// Whether its records are those that were last written; none if it is not open.
+    pub verification: Option<Verification>,
 }
 
 /// An empty directory that is to begin a domain.
@@ -62,7 +65,10 @@ impl Access<'_> {
     }
 
     pub(crate) fn put_domain(&self, batch: &mut Batch, domain: Domain, record: &DomainRecord) -> Result<()> {
-        self.put_row(batch, rowkey::domain(domain), &record.encode())
+        let key = rowkey::domain(domain);
+        let old = self.stored_seal(&key)?;
+        self.put_row(batch, key, &record.encode(), old.as_ref())
+            .map(|_| ())
     }
 
     /// Finds what is to begin a domain.
@@ -167,7 +173,7 @@ impl Access<'_> {
         };
         self.put_entry(&mut batch, Table::Dirents, parent, place, entry)?;
         self.put_first_entries(&mut batch, Table::Xattrs, root, xattrs)?;
-        self.put_inode(&mut batch, root, &made)?;
+        self.put_inode(&mut batch, root, &made, None)?;
         self.put_domain(&mut batch, domain, record)?;
         batch.count_inodes(Domain::FIRST, 1);
         let usage = Usage {
@@ -250,7 +256,12 @@ impl Core {
         let issued = service.issue(&[volume_key.context()]).map_err(refused)?.pop();
         let none = || refused(KeyError::Other("no answer for the volume key".to_owned()));
         let IssuedKey { wrapped, key } = issued.ok_or_else(none)?;
-        let keys = Arc::new(DomainKeys::new(&key, volume_key.volume, domain)?);
+        let keys = Arc::new(DomainKeys::new(
+            &key,
+            volume_key.volume,
+            volume_key.version,
+            domain,
+        )?);
         let asked = self.clock.monotonic();
         let renewal = service.renew(RENEWAL_MAX).map_err(refused)?;
         renewal.state.map_err(refused)?;
@@ -271,7 +282,8 @@ impl Core {
         };
         let files = Arc::clone(&self.file_keys);
         let keyring = Keyring::lit(Arc::clone(service), volume_key, Arc::clone(&keys), files);
-        let made = KeyDomain::new(domain, keyring, self.options.dek_prefetch, Some(lease));
+        let trust = Trust::of_new();
+        let made = KeyDomain::new(domain, keyring, trust, self.options.dek_prefetch, Some(lease));
         made.begin_orphans();
         let access = self.change(Domain::FIRST)?;
         self.take_room_to_grow()?;
@@ -359,6 +371,7 @@ impl Core {
         batch.delete_range(Family::Meta, from, to);
         let (from, to) = rowkey::all_content(domain);
         batch.delete_range(Family::Content, from, to);
+        batch.end_domain(domain);
         batch.discount(usage);
         // Of what is to be removed still: slot files.
         let nothing = Usage {
@@ -422,6 +435,11 @@ impl Core {
                 path: None,
                 inodes: holds.inodes,
                 blocks: holds.blocks,
+                verification: self
+                    .domains
+                    .get(domain)
+                    .ok()
+                    .map(|open| open.trust.verification()),
             }
         };
         let mut statuses = vec![DomainStatus {

@@ -10,6 +10,7 @@ use super::keyservice::Dependants;
 use super::nursery::Nursery;
 use super::sync::{Mutex, RwLock, rank};
 use super::types::{Domain, Ino};
+use super::verification::Trust;
 use super::watch::Lease;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -25,6 +26,8 @@ pub(crate) struct KeyDomain {
     pub(crate) keyring: Keyring,
     pub(crate) nursery: Nursery,
     pub(crate) misses: Misses,
+    /// Whether what storage holds of it is what was written.
+    pub(crate) trust: Trust,
     /// Whether somebody here wants it dark, whatever the KMS says. Held over every change of the key's state.
     pub(crate) is_shut_by_hand: Mutex<bool, rank::Darkening>,
     /// Wakes the thread that watches the CMK's state.
@@ -40,12 +43,19 @@ pub(crate) struct KeyDomain {
 }
 
 impl KeyDomain {
-    pub(crate) fn new(id: Domain, keyring: Keyring, dek_prefetch: usize, lease: Option<Lease>) -> Self {
+    pub(crate) fn new(
+        id: Domain,
+        keyring: Keyring,
+        trust: Trust,
+        dek_prefetch: usize,
+        lease: Option<Lease>,
+    ) -> Self {
         Self {
             id,
             keyring,
             nursery: Nursery::new(dek_prefetch),
             misses: Misses::default(),
+            trust,
             is_shut_by_hand: Mutex::numbered(id.0.into(), false),
             bell: Bell::default(),
             lease: Mutex::new(lease),

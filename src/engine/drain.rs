@@ -4,6 +4,7 @@
 //! survive a crash names it, and named only after it is synced (rule R1). A chunk that is written meanwhile is left
 //! for another time.
 
+use super::chunkcache::PublishedChunk;
 use super::commit::Batch;
 use super::content::slot_offset;
 use super::core::Access;
@@ -11,7 +12,8 @@ use super::error::{Error, Result};
 use super::format::chunk::{BLOCK, Block, CHUNK, CHUNK_BLOCKS, Chunk};
 use super::format::inode::InodeRecord;
 use super::format::rowkey;
-use super::node::{Node, NodeState, slot_mask};
+use super::format::seal::Seal;
+use super::node::{Node, NodeState, Stored, slot_mask};
 use super::publish::{Publishing, delete_inline};
 use super::space::Room;
 use std::sync::Arc;
@@ -30,6 +32,15 @@ struct Copied {
     chunk: Chunk,
     /// A run taken for this copy.
     taken: Option<u64>,
+}
+
+/// What names copies, and what it is stored as once it is committed.
+struct Adoption {
+    batch: Batch,
+    stored: Stored,
+    chunks: Vec<Seal>,
+    /// By page.
+    bitmaps: Vec<(u64, Seal)>,
 }
 
 impl Access<'_> {
@@ -102,7 +113,7 @@ impl Access<'_> {
     }
 
     fn copy_chunk(&self, node: &Arc<Node>, state: &mut NodeState, index: u64) -> Result<Option<Copied>> {
-        let mut chunk = (*self.published_chunk(node, state, index)?).clone();
+        let mut chunk = self.published_chunk(node, state, index)?.chunk().clone();
         if !chunk.is_drainable() {
             state.file.drainable.remove(&index);
             return Ok(None);
@@ -159,8 +170,12 @@ impl Access<'_> {
         let mut record = state.record_to_store();
         record.content.runs = record.content.runs.saturating_add(runs);
         let batch = self.adoption(node, state, &adopted, &added, &record);
-        let seq = match batch.and_then(|batch| self.commit(batch)) {
-            Ok(seq) => seq,
+        let committed = batch.and_then(|adoption| {
+            let seq = self.commit(adoption.batch)?;
+            Ok((seq, adoption.stored, adoption.chunks, adoption.bitmaps))
+        });
+        let (seq, stored, seals, bitmaps) = match committed {
+            Ok(committed) => committed,
             Err(error) => {
                 // Where there is no room nothing came to name them. After all else that is not known.
                 if error.is_no_room() {
@@ -172,16 +187,19 @@ impl Access<'_> {
             }
         };
         state.published = record.content;
+        state.stored = stored;
         state.record.content.runs = state.record.content.runs.saturating_add(runs);
-        state.file.runs.committed(seq, &added, &[]);
-        for Copied { index, chunk, .. } in adopted {
+        state.file.runs.committed(seq, &added, &[], &bitmaps);
+        for (Copied { index, chunk, .. }, seal) in adopted.into_iter().zip(seals) {
             if !chunk.is_drainable() {
                 state.file.drainable.remove(&index);
             }
-            self.chunks.put(state.file.generation, index, Arc::new(chunk));
+            let published = PublishedChunk::new(chunk, Some(seal));
+            self.chunks.put(state.file.generation, index, published);
         }
         Ok(())
     }
+
     /// The batch that names the copies in place of what they are of.
     fn adoption(
         &self,
@@ -190,19 +208,22 @@ impl Access<'_> {
         adopted: &[Copied],
         added: &[u64],
         record: &InodeRecord,
-    ) -> Result<Batch> {
+    ) -> Result<Adoption> {
         let mut batch = Batch::default();
+        let mut chunks = Vec::with_capacity(adopted.len());
         for copy in adopted {
             let old = self.published_chunk(node, state, copy.index)?;
             delete_inline(&mut batch, node, copy.index, &old, &copy.chunk);
-            self.put_row(
-                &mut batch,
-                rowkey::chunk(node.ino, copy.index),
-                &copy.chunk.encode(),
-            )?;
+            let key = rowkey::chunk(node.ino, copy.index);
+            chunks.push(self.put_row(&mut batch, key, &copy.chunk.encode(), old.seal())?);
         }
-        self.put_bitmaps(node, state, &mut batch, added, &[])?;
-        self.put_inode(&mut batch, node.ino, record)?;
-        Ok(batch)
+        let bitmaps = self.put_bitmaps(node, state, &mut batch, added, &[])?;
+        let stored = self.put_inode(&mut batch, node.ino, record, Some(&state.stored))?;
+        Ok(Adoption {
+            batch,
+            stored,
+            chunks,
+            bitmaps,
+        })
     }
 }

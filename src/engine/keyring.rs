@@ -6,6 +6,7 @@
 
 use super::error::{Error, Result};
 use super::filekeys::FileKeys;
+use super::format::superblock::Version;
 use super::keys::{DomainKeys, FileKey};
 use super::keyservice::{KeyContext, KeyError, KeyService, Position, Renewal};
 use super::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -75,7 +76,7 @@ pub(crate) struct Admission<'k> {
 }
 
 impl Admission<'_> {
-    pub(crate) fn keys(&self) -> &DomainKeys {
+    pub(crate) fn keys(&self) -> &Arc<DomainKeys> {
         &self.keys
     }
 
@@ -110,6 +111,7 @@ pub(crate) type FreshKey = (Arc<[u8]>, Arc<FileKey>);
 #[derive(Debug, Clone)]
 pub(crate) struct VolumeKey {
     pub(crate) volume: [u8; 16],
+    pub(crate) version: Version,
     pub(crate) domain: Domain,
     pub(crate) superblock_hash: [u8; 32],
     pub(crate) wrapped: Vec<u8>,
@@ -324,7 +326,12 @@ impl Keyring {
 
     /// Dark -> Live: asks for the volume key again.
     pub(crate) fn relight(&self) -> std::result::Result<(), KeyError> {
-        let VolumeKey { volume, domain, .. } = self.volume_key;
+        let VolumeKey {
+            volume,
+            version,
+            domain,
+            ..
+        } = self.volume_key;
         before_call_to_kms();
         self.calls.fetch_add(1, Ordering::Relaxed);
         let wrapped = self.volume_key.wrapped.clone();
@@ -332,8 +339,8 @@ impl Keyring {
         let vk = opened
             .pop()
             .unwrap_or(Err(KeyError::Other("no answer for the volume key".to_owned())))?;
-        let keys =
-            DomainKeys::new(&vk, volume, domain).map_err(|error| KeyError::Other(error.to_string()))?;
+        let keys = DomainKeys::new(&vk, volume, version, domain)
+            .map_err(|error| KeyError::Other(error.to_string()))?;
         let mut gate = self.gate.write();
         gate.keys = Some(Arc::new(keys));
         gate.state = KeyState::Live;

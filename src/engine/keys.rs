@@ -1,13 +1,14 @@
 //! What the keys of a domain and of a file do: seal records, hide names, seal blocks.
 
 use super::error::{Error, Result};
-use super::format::chunk::Seal;
 use super::format::dirent::CHAIN_BITS;
 use super::format::rowkey::{Family, Table};
+use super::format::rowsum::{RowSum, Term};
+use super::format::seal::Seal;
+use super::format::superblock::Version;
 use super::types::{Domain, Ino};
 use kms_crypto::{
-    Batch, CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, TAG_LEN, Tag,
-    derive,
+    Batch, CryptoError, KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Prf, Sealer, SecretKey, derive,
 };
 
 /// Prefix of all authenticated data: product, format version, and what is sealed.
@@ -15,15 +16,14 @@ const RECORD: &[u8; 8] = b"cmkfs\x01r\x01";
 const BLOCK: &[u8; 8] = b"cmkfs\x01b\x01";
 const SEAL_FILE: &[u8; 8] = b"cmkfs\x01s\x01";
 
-/// Bytes a sealed record has beyond its plaintext.
-const ENVELOPE: usize = NONCE_LEN + TAG_LEN;
-
 /// The keys of one domain, derived from its volume key, which is dropped once they are.
 pub(crate) struct DomainKeys {
     volume: [u8; 16],
     domain: Domain,
     records: Sealer,
     names: Prf,
+    /// None in volumes of a format without roots.
+    roots: Option<Prf>,
     nonces: NonceSource,
 }
 
@@ -41,13 +41,21 @@ pub(crate) struct BlockKey<'k> {
 }
 
 impl DomainKeys {
-    pub(crate) fn new(vk: &SecretKey, volume: [u8; 16], domain: Domain) -> Result<Self> {
+    pub(crate) fn new(vk: &SecretKey, volume: [u8; 16], version: Version, domain: Domain) -> Result<Self> {
+        let roots = || {
+            Prf::new(derive(
+                vk,
+                KeySalt(&volume),
+                Label::VolumeRoots { domain: domain.0 },
+            ))
+        };
         let salt = KeySalt(&volume);
         Ok(Self {
             volume,
             domain,
             records: Sealer::new(derive(vk, salt, Label::VolumeRecords { domain: domain.0 })),
             names: Prf::new(derive(vk, salt, Label::VolumeNames { domain: domain.0 })),
+            roots: version.has_roots().then(roots),
             nonces: NonceSource::new().map_err(|error| crypto_failure(&error))?,
         })
     }
@@ -73,10 +81,33 @@ impl DomainKeys {
         self.open(&self.prefix(SEAL_FILE, 0), sealed)
     }
 
+    /// Takes a row of the family `meta` out of the sum that covers it, and puts in what takes its place.
+    pub(crate) fn replace_in(&self, sum: &mut RowSum, key: &[u8], old: Option<&Seal>, new: Option<&Seal>) {
+        if let Some(term) = old.and_then(|old| self.term(key, old)) {
+            sum.remove(term);
+        }
+        if let Some(term) = new.and_then(|new| self.term(key, new)) {
+            sum.add(term);
+        }
+    }
+
+    /// What a row of the family `meta` adds to the sum that covers it; none where there are no sums.
+    pub(crate) fn term(&self, key: &[u8], seal: &Seal) -> Option<Term> {
+        let length = u16::try_from(key.len()).unwrap_or(u16::MAX).to_be_bytes();
+        let family = [Family::Meta as u8];
+        let parts: [&[u8]; 5] = [&family, &length, key, &seal.nonce.0, &seal.tag.0];
+        self.roots.as_ref().map(|roots| Term(roots.of(&parts)))
+    }
+
+    /// Whether rows are summed up.
+    pub(crate) fn has_roots(&self) -> bool {
+        self.roots.is_some()
+    }
+
     fn seal(&self, aad: &[u8], plain: &[u8]) -> Result<Vec<u8>> {
         let nonce = self.nonce()?;
-        let mut out = vec![0; ENVELOPE + plain.len()];
-        let (head, body) = out.split_at_mut(ENVELOPE);
+        let mut out = vec![0; Seal::LENGTH + plain.len()];
+        let (head, body) = out.split_at_mut(Seal::LENGTH);
         body.copy_from_slice(plain);
         let tag = self
             .records
@@ -89,12 +120,9 @@ impl DomainKeys {
     }
 
     fn open(&self, aad: &[u8], sealed: &[u8]) -> Option<Vec<u8>> {
-        let (nonce, rest) = sealed.split_first_chunk::<NONCE_LEN>()?;
-        let (tag, body) = rest.split_first_chunk::<TAG_LEN>()?;
+        let (Seal { nonce, tag }, body) = Seal::split_row(sealed)?;
         let mut plain = body.to_vec();
-        self.records
-            .open(Nonce(*nonce), aad, &mut plain, Tag(*tag))
-            .ok()?;
+        self.records.open(nonce, aad, &mut plain, tag).ok()?;
         Some(plain)
     }
 

@@ -36,6 +36,7 @@ mod open;
 mod orphan;
 mod publish;
 mod runs;
+mod scan;
 mod seal;
 mod slots;
 mod space;
@@ -50,6 +51,7 @@ mod sync;
 mod table;
 mod types;
 mod upkeep;
+mod verification;
 mod volume;
 mod watch;
 
@@ -66,4 +68,5 @@ pub use types::{
     Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, Owner, RenameFlags, Seek,
     SetAttr, SetXattr, StatFs, Taken, Timestamp,
 };
+pub use verification::{Verification, Verify};
 pub use volume::{CreateParams, OpenError, Options, Status, Volume};

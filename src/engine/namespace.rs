@@ -9,7 +9,7 @@ use super::format::inode::{ContentState, InodeRecord};
 use super::format::rowkey::Table;
 use super::node::Node;
 use super::staged::Staged;
-use super::table::{Search, check_name, check_new_name, same_chain};
+use super::table::{Search, Spot, check_name, check_new_name, same_chain};
 use super::types::{Attr, Domain, FileKind, Ino, NewNode, Owner, RenameFlags, SGID, Timestamp};
 use std::sync::Arc;
 
@@ -66,7 +66,7 @@ impl Access<'_> {
         Ok(state.record.attr(ino))
     }
 
-    pub(crate) fn entry(&self, dir: Ino, name: &[u8]) -> Result<(u64, Dirent)> {
+    pub(crate) fn entry(&self, dir: Ino, name: &[u8]) -> Result<(Spot, Dirent)> {
         self.search(Table::Dirents, dir, name)?
             .found()
             .ok_or(Error::Posix(libc::ENOENT))
@@ -117,13 +117,13 @@ impl Access<'_> {
     }
 
     /// The place of a name that was found before, or `None` if it no longer stands for the same inode.
-    fn still_named(&self, named: &Named) -> Result<Option<u64>> {
+    fn still_named(&self, named: &Named) -> Result<Option<Spot>> {
         let found = self
             .search::<Dirent>(Table::Dirents, named.dir.ino, &named.name)?
             .found();
         Ok(found
             .filter(|(_, entry)| entry.ino == named.child.ino)
-            .map(|(place, _)| place))
+            .map(|(spot, _)| spot))
     }
 
     /// Makes an inode under a new name, and counts one reference of the kernel's to it.
@@ -165,7 +165,7 @@ impl Access<'_> {
         };
         self.put_entry(&mut batch, Table::Dirents, parent, place, entry)?;
         self.put_first_entries(&mut batch, Table::Xattrs, ino, inherited.xattrs)?;
-        self.put_inode(&mut batch, ino, &record)?;
+        let stored = self.put_inode(&mut batch, ino, &record, None)?;
         batch.count_inodes(ino.domain(), 1);
         let dir = staged.record(parent)?;
         dir.children = dir.children.saturating_add(1);
@@ -178,13 +178,13 @@ impl Access<'_> {
         if let Some((_, key)) = key {
             self.home().keyring.remember(ino, key);
         }
-        self.nodes.insert_new(Node::new(ino, record, false));
+        self.nodes.insert_new(Node::new(ino, record, stored, false));
         self.nodes.looked_up(ino);
         Ok(attr)
     }
 
     /// A place for a new name in a locked directory.
-    fn free_place(&self, staged: &Staged<'_>, dir: Ino, name: &[u8]) -> Result<u64> {
+    fn free_place(&self, staged: &Staged<'_>, dir: Ino, name: &[u8]) -> Result<Spot> {
         if staged.state(dir)?.record.nlink == 0 {
             return Err(Error::Posix(libc::ENOENT));
         }
@@ -550,7 +550,7 @@ impl Access<'_> {
         batch: &mut Batch,
         staged: &Staged<'_>,
         source: &Named,
-        place: u64,
+        place: Spot,
         ino: Ino,
         owner: Owner,
         now: Timestamp,
@@ -576,7 +576,7 @@ impl Access<'_> {
         };
         self.put_entry(batch, Table::Dirents, dir, place, entry)?;
         self.put_first_entries(batch, Table::Xattrs, ino, inherited.xattrs)?;
-        self.put_inode(batch, ino, &record)?;
+        self.put_inode(batch, ino, &record, None)?;
         batch.count_inodes(ino.domain(), 1);
         Ok(())
     }

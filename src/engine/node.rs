@@ -3,6 +3,8 @@
 use super::commit::Seq;
 use super::format::chunk::{CHUNK_BLOCKS, Chunk};
 use super::format::inode::{ContentState, InodeRecord};
+use super::format::rowsum::RowSum;
+use super::format::seal::Seal;
 use super::keyservice::InodeLedger;
 use super::runs::Runs;
 use super::sync::{Mutex, RwLock, RwLockWriteGuard, rank};
@@ -24,12 +26,23 @@ pub(crate) struct Node {
     pub(crate) state: RwLock<NodeState, rank::Node>,
 }
 
+/// How an inode's record is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stored {
+    /// Of its row.
+    pub(crate) seal: Seal,
+    /// The sum of the inode's other rows that it says; none in a volume without.
+    pub(crate) rows: Option<RowSum>,
+}
+
 /// What the node's lock protects.
 pub(crate) struct NodeState {
     /// The live view: with pending size and times.
     pub(crate) record: InodeRecord,
     /// What storage holds of size, blocks and runs.
     pub(crate) published: ContentState,
+    /// The record in storage, which the next one takes the place of.
+    pub(crate) stored: Stored,
     pub(crate) file: FileState,
 }
 
@@ -118,9 +131,10 @@ pub(crate) fn next_generation() -> u64 {
 }
 
 impl NodeState {
-    pub(crate) fn new(record: InodeRecord, poisoned: bool) -> Self {
+    pub(crate) fn new(record: InodeRecord, stored: Stored, poisoned: bool) -> Self {
         Self {
             published: record.content,
+            stored,
             file: FileState {
                 pending: BTreeMap::new(),
                 dirty: false,
@@ -149,11 +163,11 @@ impl NodeState {
 }
 
 impl Node {
-    pub(crate) fn new(ino: Ino, record: InodeRecord, poisoned: bool) -> Arc<Self> {
+    pub(crate) fn new(ino: Ino, record: InodeRecord, stored: Stored, poisoned: bool) -> Arc<Self> {
         Arc::new(Self {
             ino,
             publishing: Mutex::new(()),
-            state: RwLock::numbered(ino.0, NodeState::new(record, poisoned)),
+            state: RwLock::numbered(ino.0, NodeState::new(record, stored, poisoned)),
         })
     }
 }
@@ -409,7 +423,11 @@ mod tests {
             rdev: 0,
         };
         let record = new_record(None, Ino::ROOT, &new, Timestamp::default());
-        Node::new(ino, record, false)
+        let seal = Seal {
+            nonce: kms_crypto::Nonce([0; 12]),
+            tag: kms_crypto::Tag([0; 16]),
+        };
+        Node::new(ino, record, Stored { seal, rows: None }, false)
     }
 
     #[test]

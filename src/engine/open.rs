@@ -4,7 +4,7 @@ use super::active::Active;
 use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::{Clock, SystemClock};
-use super::commit::{Batch, Committer, Seq, Written};
+use super::commit::{Batch, Committer, Counted, Seq, StoredRoot, Written};
 use super::core::{Core, Fetch};
 use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};
@@ -12,7 +12,9 @@ use super::filekeys::FileKeys;
 use super::format::domain::{DomainRecord, DomainState, Usage};
 use super::format::root::{RootRecord, SealRecord};
 use super::format::rowkey::{self, Family};
-use super::format::superblock::{self, Superblock, SuperblockError};
+use super::format::rowsum::RowSum;
+use super::format::seal::Seal;
+use super::format::superblock::{self, Superblock, SuperblockError, Version};
 use super::keyring::{KeyState, Keyring, Purpose, VolumeKey, key_failure, state_after};
 use super::keys::DomainKeys;
 use super::keyservice::{Dependants, IssuedKey, KeyContext, KeyError, KeyService};
@@ -27,6 +29,7 @@ use super::sweep::{self, Sweep};
 use super::sync::Mutex;
 use super::types::{Domain, FileKind, Ino, NewNode};
 use super::upkeep::{self, Background, Threads};
+use super::verification::{Trust, VerifierBell};
 use super::volume::{Options, Volume};
 use super::watch::{Lease, RENEWAL_MAX};
 use rustix::fs::FlockOperation;
@@ -85,9 +88,22 @@ pub enum OpenError {
     /// What storage holds is not what was written.
     #[error("the volume is damaged: {0}")]
     Damaged(String),
+    /// Storage holds what was written, but not what was written last, of a key domain.
+    #[error(
+        "what the volume holds{} is not what was last written: some records were put back as they once were, removed or added",
+        of_domain(*.0)
+    )]
+    NotAsWritten(Domain),
     /// Storage failed.
     #[error("{0}")]
     Engine(Error),
+}
+
+fn of_domain(domain: Domain) -> String {
+    match domain {
+        Domain::FIRST => String::new(),
+        Domain(number) => format!(" of key domain {number}"),
+    }
 }
 
 impl From<Error> for OpenError {
@@ -105,7 +121,7 @@ impl From<SuperblockError> for OpenError {
             SuperblockError::NotAVolume => Self::NotAVolume,
             SuperblockError::Future(found) => Self::FutureFormat {
                 found,
-                known: superblock::VERSION,
+                known: Version::LATEST as u32,
             },
             SuperblockError::Malformed => Self::Damaged("the superblock is malformed".to_owned()),
         }
@@ -217,6 +233,7 @@ pub(crate) fn open_core(
     let lock = take_lock(dir, writing)?;
     let volume_key = VolumeKey {
         volume: superblock.volume(),
+        version: superblock.format(),
         domain: Domain::FIRST,
         superblock_hash: superblock.hash(),
         wrapped: superblock.wrapped_vk().to_vec(),
@@ -277,6 +294,7 @@ pub(crate) fn open_core(
         domains: Domains::new(KeyDomain::new(
             Domain::FIRST,
             keyring,
+            Trust::new(options.verify),
             options.dek_prefetch,
             Some(lease),
         )),
@@ -295,6 +313,8 @@ pub(crate) fn open_core(
         upkeep_bell: Bell::default(),
         is_compaction_due: AtomicBool::new(false),
         compact_bell: Bell::default(),
+        verify_bell: VerifierBell::default(),
+        verified_bell: Bell::default(),
         domains_bell: Bell::default(),
         fetches,
         dir: dir.to_path_buf(),
@@ -303,6 +323,9 @@ pub(crate) fn open_core(
     });
     core.serve(Domain::FIRST)?.directory(Ino::ROOT)?;
     core.open_domains()?;
+    if let Some(domain) = core.verify_first()? {
+        return Err(OpenError::NotAsWritten(domain));
+    }
     for domain in core.domains.all() {
         match core.know_orphans(domain) {
             Err(error) if domain.id == Domain::FIRST => return Err(error.into()),
@@ -360,7 +383,8 @@ impl Core {
                     None
                 }
             };
-            let opened = KeyDomain::new(domain, keyring, self.options.dek_prefetch, lease);
+            let trust = Trust::new(self.options.verify);
+            let opened = KeyDomain::new(domain, keyring, trust, self.options.dek_prefetch, lease);
             self.domains.add(opened, &record);
         }
         Ok(())
@@ -396,6 +420,8 @@ fn read_root(store: &Store, keys: &DomainKeys, sealed_seq: u64) -> std::result::
         .ok_or_else(|| OpenError::Damaged("there is no root record".to_owned()))?;
     let plain = keys.open_row(Family::Meta, &key, &row);
     let root = plain.and_then(|plain| RootRecord::decode(&plain).ok());
+    // One without a sum in a volume with sums is of no program that made it.
+    let root = root.filter(|root| root.sum.is_some() == keys.has_roots());
     let root = root.ok_or_else(|| OpenError::Damaged("the root record fails authentication".to_owned()))?;
     if root.commit_seq < sealed_seq || root.commit_seq < root.durable_seq {
         return Err(OpenError::Damaged(format!(
@@ -410,6 +436,9 @@ fn read_root(store: &Store, keys: &DomainKeys, sealed_seq: u64) -> std::result::
         let domain = rowkey::last_number(key).and_then(|number| u16::try_from(number).ok());
         let plain = keys.open_row(Family::Meta, key, sealed);
         let found = plain.and_then(|plain| Usage::decode(&plain).ok());
+        let found = found
+            .zip(Seal::of_row(sealed))
+            .map(|(usage, seal)| Counted { usage, seal });
         let damaged = || Error::Corrupt {
             what: "the count of a key domain".to_owned(),
         };
@@ -417,7 +446,28 @@ fn read_root(store: &Store, keys: &DomainKeys, sealed_seq: u64) -> std::result::
         usage.insert(Domain(domain), found);
         Ok(true)
     })?;
-    Ok(Written { root, row, usage })
+    let roots = read_roots(store, usage.keys().copied())?;
+    Ok(Written {
+        root,
+        row,
+        usage,
+        roots,
+    })
+}
+
+/// How the root records of domains are stored, which their keys are not needed for.
+fn read_roots(
+    store: &Store,
+    domains: impl Iterator<Item = Domain>,
+) -> std::result::Result<BTreeMap<Domain, StoredRoot>, OpenError> {
+    let mut roots = BTreeMap::new();
+    for domain in domains {
+        let row = store.get(Family::Meta, &rowkey::root(domain))?;
+        if let Some(seal) = row.and_then(|row| Seal::of_row(&row)) {
+            roots.insert(domain, StoredRoot { seal, sum: None });
+        }
+    }
+    Ok(roots)
 }
 
 fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8; 16]) -> Result<()> {
@@ -434,7 +484,7 @@ fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8
         .pop();
     let IssuedKey { wrapped, key } =
         issued.ok_or_else(|| key_refused(&KeyError::Other("no answer for the volume key".to_owned())))?;
-    let keys = DomainKeys::new(&key, volume, domain)?;
+    let keys = DomainKeys::new(&key, volume, Version::LATEST, domain)?;
 
     let _lock = take_lock(dir, Writing::Allowed).map_err(|error| match error {
         OpenError::Engine(error) => error,
@@ -464,12 +514,14 @@ fn make_store(dir: &Path, params: &CreateParams, keys: &DomainKeys) -> Result<Se
     let store = Arc::new(Store::create(&dir.join(META), limits.sizes(CREATE_CACHE_BYTES))?);
     let root = RootRecord {
         ino_limit: FIRST_FREE_INO,
+        sum: keys.has_roots().then(RowSum::default),
         ..RootRecord::default()
     };
     let nothing = Written {
         root,
         row: Vec::new(),
         usage: BTreeMap::new(),
+        roots: BTreeMap::new(),
     };
     let committer = Committer::new(Arc::clone(&store), Arc::new(Space::new(dir, limits)), nothing);
     let node = NewNode {
@@ -483,7 +535,9 @@ fn make_store(dir: &Path, params: &CreateParams, keys: &DomainKeys) -> Result<Se
     let record = new_record(None, Ino::ROOT, &node, SystemClock.now());
     let mut batch = Batch::default();
     let key = rowkey::inode(Ino::ROOT);
-    let value = keys.seal_row(Family::Meta, &key, &record.encode())?;
+    let rows = keys.has_roots().then(RowSum::default);
+    let value = keys.seal_row(Family::Meta, &key, &record.encode(rows.as_ref()))?;
+    batch.note_replaced(keys, &key, None, Seal::of_row(&value).as_ref());
     batch.put(Family::Meta, key, value);
     batch.count_inodes(Domain::FIRST, 1);
     let seq = committer.commit(keys, batch)?;

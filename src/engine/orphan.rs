@@ -41,11 +41,18 @@ impl Orphans {
         self.slot_files.lock().retain(|(_, ino)| !gone(*ino));
     }
 
+    /// The domains of which slot files are to be removed.
+    fn domains_of_slot_files(&self) -> BTreeSet<Domain> {
+        let waiting = self.slot_files.lock();
+        waiting.iter().map(|(_, ino)| ino.domain()).collect()
+    }
+
     /// Whether none waits to be reclaimed of a domain that is `live`.
     pub(crate) fn is_idle(&self, live: impl Fn(Domain) -> bool) -> bool {
         // No gate is looked at under this lock.
         let waiting: BTreeSet<_> = self.waiting.lock().iter().map(|ino| ino.domain()).collect();
-        !waiting.into_iter().any(live) && self.slot_files.lock().is_empty()
+        let mut waiting = waiting.into_iter().chain(self.domains_of_slot_files());
+        !waiting.any(live)
     }
 }
 
@@ -111,6 +118,20 @@ impl Core {
         outcome
     }
 
+    /// Removes the slot files whose inodes are durably gone. Those of a dark domain wait for its key.
+    pub(crate) fn remove_slot_files(&self) -> Result<()> {
+        let domains = self.orphans.domains_of_slot_files();
+        let mut outcome = Ok(());
+        for domain in domains {
+            outcome = outcome.and(match self.drain(domain) {
+                Ok(access) => access.remove_own_slot_files(),
+                Err(error) if domain == Domain::FIRST => Err(error),
+                Err(_) => Ok(()),
+            });
+        }
+        outcome
+    }
+
     /// Notes the orphans that an earlier mount left in a domain, once its keys are there.
     pub(crate) fn know_orphans(&self, domain: &KeyDomain) -> Result<()> {
         if self.options.read_only {
@@ -159,7 +180,13 @@ impl Access<'_> {
     }
 
     pub(crate) fn put_orphan(&self, batch: &mut Batch, ino: Ino) -> Result<()> {
-        self.put_row(batch, rowkey::orphan(ino), &[])
+        self.put_row(batch, rowkey::orphan(ino), &[], None).map(|_| ())
+    }
+
+    fn delete_orphan(&self, batch: &mut Batch, ino: Ino) -> Result<()> {
+        let key = rowkey::orphan(ino);
+        let seal = self.stored_seal(&key)?;
+        self.delete_row(batch, key, seal.as_ref())
     }
 
     /// Reclaims an orphan that waited. One that fails waits for the next mount, or, if there was no room, for the next time.
@@ -207,9 +234,10 @@ impl Access<'_> {
             );
         }
         if !has_slot_file {
-            batch.delete(Family::Meta, rowkey::orphan(ino));
+            self.delete_orphan(&mut batch, ino)?;
         }
-        batch.delete(Family::Meta, rowkey::inode(ino));
+        // What else there is of it goes without a note: this record is what covers it.
+        self.delete_row(&mut batch, rowkey::inode(ino), Some(&state.stored.seal))?;
         batch.count_inodes(ino.domain(), -1);
         batch.count_blocks(ino.domain(), state.published.blocks, 0);
         let seq = self.commit(batch)?;
@@ -224,27 +252,30 @@ impl Access<'_> {
         Ok(())
     }
 
-    /// Removes the slot files whose inodes are durably gone.
-    pub(crate) fn remove_slot_files(&self) -> Result<()> {
+    /// Removes the slot files of this domain whose inodes are durably gone.
+    fn remove_own_slot_files(&self) -> Result<()> {
         let durable = self.committer.durable();
-        let gone: Vec<_> = {
+        let home = self.home().id;
+        let gone: BTreeSet<_> = {
             let mut waiting = self.orphans.slot_files.lock();
-            let (gone, kept) = waiting.drain(..).partition(|(seq, _)| *seq <= durable);
+            let is_gone = |(seq, ino): &(Seq, Ino)| *seq <= durable && ino.domain() == home;
+            let (gone, kept): (Vec<_>, _) = waiting.drain(..).partition(is_gone);
             *waiting = kept;
-            gone
+            gone.into_iter().map(|(_, ino)| ino).collect()
         };
         if gone.is_empty() {
             return Ok(());
         }
         let mut batch = Batch::default();
-        let mut removed = gone.iter().map(|(_, ino)| {
-            batch.delete(Family::Meta, rowkey::orphan(*ino));
+        let mut removed = gone.iter().map(|ino| {
+            self.delete_orphan(&mut batch, *ino)?;
             self.slots.remove(*ino)
         });
         let outcome = removed.try_for_each(std::convert::identity);
         let outcome = outcome.and_then(|()| self.commit(batch).map(|_| ()));
         if outcome.is_err() {
-            self.orphans.slot_files.lock().extend(gone);
+            let again = gone.into_iter().map(|ino| (durable, ino));
+            self.orphans.slot_files.lock().extend(again);
         }
         outcome
     }

@@ -4,12 +4,14 @@
 //! commit. Content written meanwhile stays pending. Holding [`Publishing`] means that no other publish, cut or
 //! drain of the file is under way.
 
+use super::chunkcache::PublishedChunk;
 use super::commit::{Batch, Seq};
 use super::core::{Access, Core};
 use super::error::{Error, Result};
 use super::format::chunk::{Block, CHUNK_BLOCKS, Chunk};
 use super::format::inode::{ContentState, InodeRecord};
 use super::format::rowkey::{self, Family};
+use super::format::seal::Seal;
 use super::node::{BusySlots, Node, NodeState, PendingChunk, next_generation, slot_mask};
 use super::runs::PAGE_RUNS;
 use super::slots::SlotFile;
@@ -200,6 +202,7 @@ impl Access<'_> {
         self.store.scan(Family::Meta, &from, &to, |key, sealed| {
             self.go_on()?;
             let chunk = self.open_chunk(ino, key, sealed)?;
+            self.note_replaced(&mut cut.batch, key, Seal::of_row(sealed).as_ref(), None)?;
             let index = rowkey::last_number(key).unwrap_or(u64::MAX);
             cut.freed.extend(chunk.run);
             cut.blocks = cut.blocks.saturating_add(chunk.allocated());
@@ -259,6 +262,7 @@ impl Access<'_> {
         } = cut;
         let mut added = Vec::new();
         let mut superseded = Vec::new();
+        let mut seals = BTreeMap::new();
         for (&index, new) in &frozen.chunks {
             let old = self.published_chunk(node, state, index)?;
             if old.run == new.chunk.run {
@@ -274,34 +278,36 @@ impl Access<'_> {
             }
             let key = rowkey::chunk(ino, index);
             if !new.chunk.is_empty() {
-                self.put_row(&mut batch, key, &new.chunk.encode())?;
+                let seal = self.put_row(&mut batch, key, &new.chunk.encode(), old.seal())?;
+                seals.insert(index, seal);
             } else if !old.is_empty() {
-                batch.delete(Family::Meta, key);
+                self.delete_row(&mut batch, key, old.seal())?;
             }
         }
-        self.put_bitmaps(node, state, &mut batch, &added, &freed)?;
+        let bitmaps = self.put_bitmaps(node, state, &mut batch, &added, &freed)?;
         batch.count_blocks(node.ino.domain(), state.published.blocks, frozen.content.blocks);
         let record = InodeRecord {
             content: frozen.content,
             ..state.record.clone()
         };
-        self.put_inode(&mut batch, ino, &record)?;
+        let stored = self.put_inode(&mut batch, ino, &record, Some(&state.stored))?;
 
         let seq = self.commit(batch)?;
         state.published = frozen.content;
-        state.file.runs.committed(seq, &added, &freed);
+        state.stored = stored;
+        state.file.runs.committed(seq, &added, &freed, &bitmaps);
         for (index, run, slots) in superseded {
             mark_busy(state, index, run, slots, seq);
         }
         for (index, chunk) in frozen.chunks {
-            self.unpend(state, index, chunk);
+            self.unpend(state, index, chunk, seals.remove(&index));
         }
         self.active.add(node, state);
         Ok(())
     }
 
     /// Takes a chunk that is now published out of the pending ones, unless it was changed again.
-    fn unpend(&self, state: &mut NodeState, index: u64, frozen: FrozenChunk) {
+    fn unpend(&self, state: &mut NodeState, index: u64, frozen: FrozenChunk, seal: Option<Seal>) {
         let FrozenChunk { chunk, bodies } = frozen;
         let is_large = chunk.run.is_some() || state.record.content.size > super::content::INLINE_BYTES_MAX;
         if is_large && chunk.is_drainable() {
@@ -324,9 +330,11 @@ impl Access<'_> {
                 pending.accounted = weight;
             }
         }
-        self.chunks.put(state.file.generation, index, Arc::new(chunk));
+        let published = PublishedChunk::new(chunk, seal);
+        self.chunks.put(state.file.generation, index, published);
     }
 
+    /// Puts the bitmap records of the pages that change; what they are stored as once that is committed.
     pub(crate) fn put_bitmaps(
         &self,
         node: &Node,
@@ -334,20 +342,29 @@ impl Access<'_> {
         batch: &mut Batch,
         added: &[u64],
         freed: &[u64],
-    ) -> Result<()> {
+    ) -> Result<Vec<(u64, Seal)>> {
         let pages: BTreeSet<_> = added.iter().chain(freed).map(|run| run / PAGE_RUNS).collect();
+        let mut records = Vec::with_capacity(pages.len());
         for page in pages {
             self.load_run_page(node, state, page)?;
             let record = state.file.runs.record_after(page, added, freed);
-            self.put_row(batch, rowkey::bitmap(node.ino, page), &record)?;
+            let key = rowkey::bitmap(node.ino, page);
+            let seal = self.put_row(batch, key, &record, state.file.runs.seal_of(page))?;
+            records.push((page, seal));
         }
-        Ok(())
+        Ok(records)
     }
 
     pub(crate) fn load_run_page(&self, node: &Node, state: &mut NodeState, page: u64) -> Result<()> {
         if !state.file.runs.has_page(page) {
-            let record = self.row(node.ino, &rowkey::bitmap(node.ino, page))?;
-            state.file.runs.load(page, record.as_deref());
+            let key = rowkey::bitmap(node.ino, page);
+            let sealed = self.store.get(Family::Meta, &key)?;
+            let plain = sealed
+                .as_ref()
+                .map(|sealed| self.open_row(node.ino, &key, sealed));
+            let plain = plain.transpose()?;
+            let seal = sealed.and_then(|sealed| Seal::of_row(&sealed));
+            state.file.runs.load(page, plain.as_deref().zip(seal));
         }
         Ok(())
     }

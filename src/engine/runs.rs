@@ -1,6 +1,7 @@
 //! The runs of one slot file: which are published, which are in use, which wait until their release is durable.
 
 use super::commit::Seq;
+use super::format::seal::Seal;
 use std::collections::BTreeMap;
 
 /// Runs one bitmap record covers: 4 GiB of slots.
@@ -14,6 +15,8 @@ struct Page {
     published: Bits,
     /// Published, or written and about to be, or freed by a commit that is not durable.
     used: Bits,
+    /// Of the bitmap record, if there is one.
+    seal: Option<Seal>,
 }
 
 struct Bits(Box<[u8]>);
@@ -87,9 +90,10 @@ impl Runs {
     }
 
     /// Takes in a bitmap record, or its absence.
-    pub(crate) fn load(&mut self, page: u64, record: Option<&[u8]>) {
+    pub(crate) fn load(&mut self, page: u64, record: Option<(&[u8], Seal)>) {
         let mut loaded = Page::default();
-        if let Some(bytes) = record {
+        if let Some((bytes, seal)) = record {
+            loaded.seal = Some(seal);
             for bits in [&mut loaded.published, &mut loaded.used] {
                 for (to, from) in bits.0.iter_mut().zip(bytes) {
                     *to = *from;
@@ -148,8 +152,18 @@ impl Runs {
         bits.0.into_vec()
     }
 
-    /// Notes that commit `seq` published `added` and freed `freed`.
-    pub(crate) fn committed(&mut self, seq: Seq, added: &[u64], freed: &[u64]) {
+    /// The seal of a page's bitmap record.
+    pub(crate) fn seal_of(&self, page_number: u64) -> Option<&Seal> {
+        self.pages.get(&page_number).and_then(|page| page.seal.as_ref())
+    }
+
+    /// Notes that commit `seq` published `added` and freed `freed`, by these bitmap records.
+    pub(crate) fn committed(&mut self, seq: Seq, added: &[u64], freed: &[u64], records: &[(u64, Seal)]) {
+        for (number, seal) in records {
+            if let Some(page) = self.pages.get_mut(number) {
+                page.seal = Some(*seal);
+            }
+        }
         for (runs, value) in [(added, true), (freed, false)] {
             for run in runs {
                 if let Some(page) = self.pages.get_mut(&(run / PAGE_RUNS)) {
@@ -198,9 +212,9 @@ mod tests {
         let mut runs = Runs::default();
         runs.load(0, None);
         assert!(runs.take(3));
-        runs.committed(Seq(1), &[3], &[]);
+        runs.committed(Seq(1), &[3], &[], &[]);
         assert_eq!(runs.published(), [3]);
-        runs.committed(Seq(2), &[], &[3]);
+        runs.committed(Seq(2), &[], &[3], &[]);
         assert!(!runs.take(3));
         assert!(runs.release(Seq(1)).is_empty());
         assert!(!runs.take(3));

@@ -43,21 +43,24 @@ impl<'n> Staged<'n> {
 
     /// Commits the changed records with `batch`. Sizes stay as they are published (rule R2).
     pub(crate) fn commit(&mut self, access: &Access<'_>, mut batch: Batch) -> Result<()> {
+        let mut written = Vec::with_capacity(self.records.len());
         for (&ino, record) in &self.records {
-            let published = self.state(ino)?.published;
-            access.put_inode(
-                &mut batch,
-                ino,
-                &InodeRecord {
-                    content: published,
-                    ..record.clone()
-                },
-            )?;
+            let state = self.state(ino)?;
+            let record = InodeRecord {
+                content: state.published,
+                ..record.clone()
+            };
+            let stored = access.put_inode(&mut batch, ino, &record, Some(&state.stored))?;
+            written.push((ino, stored));
         }
         access.commit(batch)?;
-        for (ino, record) in std::mem::take(&mut self.records) {
+        for ((ino, stored), record) in written
+            .into_iter()
+            .zip(std::mem::take(&mut self.records).into_values())
+        {
             if let Some(state) = self.locked.get_mut(ino) {
                 state.record = record;
+                state.stored = stored;
             }
         }
         Ok(())

@@ -1,5 +1,9 @@
 //! RocksDB as the engine uses it: two column families of opaque rows, a log that is synced on request.
 
+mod moment;
+
+pub(crate) use moment::{Cursor, Moment};
+
 use super::error::{Error, Result};
 use super::format::rowkey::Family;
 use super::slots::sync_dir;
@@ -98,6 +102,8 @@ pub(crate) struct Store {
     /// Whether a sync of the log has failed, which no later one makes good. Set with `open` held, so that nobody comes
     /// between.
     has_lost: AtomicBool,
+    /// Whether it is about to be closed, for whoever keeps it open long.
+    is_closing: AtomicBool,
 }
 
 impl Store {
@@ -137,6 +143,7 @@ impl Store {
             open: RwLock::new(Some(open)),
             written: AtomicU64::new(0),
             has_lost: AtomicBool::new(false),
+            is_closing: AtomicBool::new(false),
         }
     }
 
@@ -146,7 +153,9 @@ impl Store {
     /// # Errors
     /// If what was written may be lost, or the database cannot be read any more.
     pub(crate) fn reopen(&self, mode: Mode) -> Result<()> {
+        self.is_closing.store(true, Ordering::Release);
         let mut place = self.open.write();
+        self.is_closing.store(false, Ordering::Release);
         // RocksDB's threads end with it.
         *place = None;
         let synced = match self.has_lost.load(Ordering::Acquire) {

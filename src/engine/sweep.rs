@@ -58,7 +58,7 @@ pub(crate) fn begin(dir: &Path, last: &Written) -> Result<Option<Sweep>> {
             let others = last
                 .usage
                 .iter()
-                .map(|(domain, usage)| (*domain, usage.ino_limit));
+                .map(|(domain, counted)| (*domain, counted.usage.ino_limit));
             let first = std::iter::once((Domain::FIRST, last.root.ino_limit));
             Ok(Some(Sweep {
                 born_before: first.chain(others).collect(),
@@ -80,13 +80,23 @@ pub(crate) fn end(dir: &Path) -> Result<()> {
 }
 
 impl Core {
-    /// Sweeps every slot file, unless the volume is closed or goes dark before.
+    /// Sweeps every slot file, unless the volume is closed or goes dark before. Not by records that were put back: what is to be
+    /// verified is, before.
     pub(crate) fn sweep(&self, sweep: &Sweep) {
+        if !self.wait_until_verified() {
+            tracing::info!("the next mount sweeps");
+            return;
+        }
         let mut is_complete = true;
         let swept = self.slots.each_file(|file| {
             self.go_on_sweeping()?;
             match file.ino.filter(|_| file.modified >= sweep.since) {
                 // What is left of a domain that is gone is given up as a whole.
+                Some(ino) if self.is_untrusted(ino.domain()) => {
+                    tracing::debug!(inode = ino.0, "a slot file is not swept: its records are not known to be the last");
+                    is_complete = false;
+                    Ok(())
+                }
                 Some(ino) if self.domains.of(ino).is_ok() && sweep.is_of_before(ino) => match self.sweep_file(ino, &file) {
                     // Of a domain whose key may not be used, while the volume's own may.
                     Err(error) if self.is_dark(ino.domain()) && !self.is_dark(Domain::FIRST) => {

@@ -5,35 +5,54 @@ use super::core::Access;
 use super::error::{Error, Result};
 use super::format::dirent::{CHAIN_MAX, Entry, Place};
 use super::format::rowkey::{self, Family, Table};
+use super::format::seal::Seal;
 use super::types::Ino;
 use std::collections::BTreeSet;
 
 /// Longest name, in bytes.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
 
+/// A place of a table, and what is stored there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Spot {
+    pub(crate) place: u64,
+    /// Of the entry, or of the mark of a removed one; none where nothing is.
+    pub(crate) seal: Option<Seal>,
+}
+
+impl Spot {
+    fn empty(place: u64) -> Self {
+        Self { place, seal: None }
+    }
+}
+
 /// What a search for a name found.
 pub(crate) enum Search<T> {
-    /// The entry and its place.
-    Found(u64, T),
+    /// The entry and where it is.
+    Found(Spot, T),
     /// No such name; where it could be put.
-    Absent(Option<u64>),
+    Absent(Option<Spot>),
 }
 
 impl<T> Search<T> {
-    pub(crate) fn found(self) -> Option<(u64, T)> {
+    pub(crate) fn found(self) -> Option<(Spot, T)> {
         match self {
-            Self::Found(place, entry) => Some((place, entry)),
+            Self::Found(spot, entry) => Some((spot, entry)),
             Self::Absent(_) => None,
         }
     }
 }
 
 impl Access<'_> {
-    fn at_place<T: Entry>(&self, table: Table, ino: Ino, place: u64) -> Result<Option<Place<T>>> {
-        let plain = self.row(ino, &rowkey::entry(table, ino, place))?;
-        plain
-            .map(|plain| Place::decode(&plain).map_err(|_| Error::corrupt_inode(ino)))
-            .transpose()
+    fn at_place<T: Entry>(&self, table: Table, ino: Ino, place: u64) -> Result<(Spot, Option<Place<T>>)> {
+        let key = rowkey::entry(table, ino, place);
+        let Some(sealed) = self.store.get(Family::Meta, &key)? else {
+            return Ok((Spot::empty(place), None));
+        };
+        let plain = self.open_row(ino, &key, &sealed)?;
+        let found = Place::decode(&plain).map_err(|_| Error::corrupt_inode(ino))?;
+        let seal = Seal::of_row(&sealed);
+        Ok((Spot { place, seal }, Some(found)))
     }
 
     /// Looks `name` up in a table of `ino`, whose lock is held.
@@ -41,11 +60,12 @@ impl Access<'_> {
         let first = self.keys_of(ino.domain())?.first_place(table, ino, name)?;
         let mut free = None;
         for place in first..first + CHAIN_MAX {
-            match self.at_place::<T>(table, ino, place)? {
-                None => return Ok(Search::Absent(free.or(Some(place)))),
-                Some(Place::Removed) => free = free.or(Some(place)),
+            let (spot, found) = self.at_place::<T>(table, ino, place)?;
+            match found {
+                None => return Ok(Search::Absent(free.or(Some(spot)))),
+                Some(Place::Removed) => free = free.or(Some(spot)),
                 Some(Place::Present(entry)) if entry.name() == name => {
-                    return Ok(Search::Found(place, entry));
+                    return Ok(Search::Found(spot, entry));
                 }
                 Some(Place::Present(_)) => {}
             }
@@ -58,14 +78,12 @@ impl Access<'_> {
         batch: &mut Batch,
         table: Table,
         ino: Ino,
-        place: u64,
+        spot: Spot,
         entry: T,
     ) -> Result<()> {
-        self.put_row(
-            batch,
-            rowkey::entry(table, ino, place),
-            &Place::Present(entry).encode(),
-        )
+        let key = rowkey::entry(table, ino, spot.place);
+        let plain = Place::Present(entry).encode();
+        self.put_row(batch, key, &plain, spot.seal.as_ref()).map(|_| ())
     }
 
     /// Fills the empty table of a new inode.
@@ -84,7 +102,7 @@ impl Access<'_> {
             let free = (first..first + CHAIN_MAX).find(|place| !taken.contains(place));
             let place = free.ok_or(Error::Posix(libc::ENOSPC))?;
             taken.insert(place);
-            self.put_entry(batch, table, ino, place, entry)?;
+            self.put_entry(batch, table, ino, Spot::empty(place), entry)?;
         }
         Ok(())
     }
@@ -96,9 +114,10 @@ impl Access<'_> {
         batch: &mut Batch,
         table: Table,
         ino: Ino,
-        place: u64,
+        spot: Spot,
         chain_grows: bool,
     ) -> Result<()> {
+        let Spot { place, seal } = spot;
         let key = rowkey::entry(table, ino, place);
         let is_last = place % CHAIN_MAX == CHAIN_MAX - 1
             || self
@@ -106,10 +125,10 @@ impl Access<'_> {
                 .get(Family::Meta, &rowkey::entry(table, ino, place + 1))?
                 .is_none();
         if is_last && !chain_grows {
-            batch.delete(Family::Meta, key);
-            return Ok(());
+            return self.delete_row(batch, key, seal.as_ref());
         }
-        self.put_row(batch, key, &Place::<T>::Removed.encode())
+        let plain = Place::<T>::Removed.encode();
+        self.put_row(batch, key, &plain, seal.as_ref()).map(|_| ())
     }
 
     /// Shows the entries behind place `after`, in order of their places, until `show` says false.
@@ -133,8 +152,8 @@ impl Access<'_> {
 }
 
 /// Whether two places are of one chain.
-pub(crate) fn same_chain(one: u64, other: u64) -> bool {
-    one / CHAIN_MAX == other / CHAIN_MAX
+pub(crate) fn same_chain(one: Spot, other: Spot) -> bool {
+    one.place / CHAIN_MAX == other.place / CHAIN_MAX
 }
 
 /// Refuses what can be no name of a directory entry.

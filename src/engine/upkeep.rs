@@ -10,6 +10,7 @@ use super::open::Opened;
 use super::seal;
 use super::space::Room;
 use super::types::{Domain, Ino};
+use super::verification::{Verify, verify_in_background};
 use super::watch::spawn_watch;
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -62,6 +63,9 @@ pub(crate) fn start(opened: Opened, which: Threads) -> Result<Background> {
     let watches = watched.collect::<Result<Vec<_>>>()?;
     let mut work = Vec::new();
     if which == Threads::All {
+        if core.options.verify == Verify::Lazy {
+            work.push(spawn("verify", Box::new(|core| verify_in_background(&core)))?);
+        }
         work.push(spawn("fetch", Box::new(move |core| fetch(&core, &jobs)))?);
         if !core.options.read_only {
             work.push(spawn("upkeep", Box::new(|core| keep_up(&core)))?);
@@ -180,7 +184,7 @@ impl Core {
         if publish {
             let free = self.space.free()?;
             outcome = outcome.and(self.publish_each(|access, node| access.publish_if_it_may_fit(node, free)));
-            outcome = outcome.and(self.drain(Domain::FIRST)?.remove_slot_files());
+            outcome = outcome.and(self.remove_slot_files());
         }
         outcome.and(self.for_active(|access, node| {
             if !access.settle(node)? {

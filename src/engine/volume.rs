@@ -12,6 +12,7 @@ use super::types::{
     SetXattr, StatFs, Taken,
 };
 use super::upkeep::Background;
+use super::verification::Verify;
 use super::watch::spawn_watch;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +34,8 @@ pub struct Options {
     pub drain_max: Duration,
     /// Mount though the KMS knows less than it once did: its keystore was put back on purpose.
     pub accept_kms_restore: bool,
+    /// When what storage holds is compared with what was last written.
+    pub verify: Verify,
     /// Memory for RocksDB's block cache and memtables together, in bytes.
     pub block_cache_bytes: usize,
     /// File keys kept in memory.
@@ -51,6 +54,7 @@ impl Default for Options {
             key_poll_interval: Duration::from_secs(1),
             drain_max: Duration::from_secs(5),
             accept_kms_restore: false,
+            verify: Verify::default(),
             block_cache_bytes: 128 << 20,
             dek_cache_entries_max: 32_768,
             node_cache_entries_max: 65_536,
@@ -193,6 +197,8 @@ impl Volume {
         self.core.upkeep_bell.stop();
         self.core.compact_bell.stop();
         self.core.domains_bell.stop();
+        self.core.verify_bell.stop();
+        self.core.verified_bell.stop();
         let work = std::mem::take(&mut self.background.lock().work);
         if !work.is_empty() && self.core.fetches.send(Fetch::Stop).is_err() {
             tracing::debug!("the fetching thread has ended before");
@@ -591,10 +597,7 @@ impl Core {
         // Twice: what becomes durable in the first round lets slot files and runs go, which the second records.
         for _ in 0..2 {
             outcome = outcome.and(self.publish_all());
-            outcome = outcome.and(unless_full(
-                "reclaiming",
-                self.drain(Domain::FIRST)?.remove_slot_files(),
-            ));
+            outcome = outcome.and(unless_full("reclaiming", self.remove_slot_files()));
             outcome = outcome.and(self.for_active(|access, node| access.settle(node).map(|_| ())));
         }
         // The log stays, and is durable.

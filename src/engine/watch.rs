@@ -291,7 +291,7 @@ impl Core {
     /// Dark -> live.
     fn relight(&self, domain: &KeyDomain) {
         let is_shut_by_hand = domain.is_shut_by_hand.lock();
-        if *is_shut_by_hand || domain.keyring.state() == KeyState::Live {
+        if *is_shut_by_hand || domain.keyring.state() == KeyState::Live || self.is_unverified(domain) {
             return;
         }
         let is_erased = |known: Known| known.state == DomainState::Erased;
@@ -315,6 +315,7 @@ impl Core {
             }
         }
         drop(is_shut_by_hand);
+        self.verify_bell.ring();
         if domain.id == Domain::FIRST {
             for other in self.domains.others() {
                 other.bell.ring();

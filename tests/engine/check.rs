@@ -11,7 +11,12 @@ const META: &str = "meta";
 const CONTENT: &str = "content";
 
 fn check(fixture: &Fixture, scrub: bool, repair: bool) -> Report {
-    fixture.try_check(CheckOptions { scrub, repair }).unwrap()
+    let options = CheckOptions {
+        scrub,
+        repair,
+        ..CheckOptions::default()
+    };
+    fixture.try_check(options).unwrap()
 }
 
 fn faults(report: &Report) -> Vec<Fault> {
@@ -77,6 +82,18 @@ impl Made {
         });
     }
 
+    /// Has the roots say what is there.
+    fn accept_records(&self) {
+        let options = CheckOptions {
+            repair: true,
+            accept_records: true,
+            ..CheckOptions::default()
+        };
+        let report = self.fixture.try_check(options).unwrap();
+        let is_left = |problem: &&Problem| problem.fault == Fault::Root && !problem.is_repaired;
+        assert_eq!(report.problems.iter().filter(is_left).count(), 0);
+    }
+
     /// Checks, expects `found`, repairs, and expects what cannot be repaired to be left.
     fn expect(&self, found: &[Fault], left: &[Fault]) -> Report {
         let before = std::fs::read(self.fixture.dir().join("seal")).unwrap();
@@ -96,6 +113,15 @@ impl Made {
         kept.dedup();
         assert_eq!(kept, left);
         assert_eq!(faults(&check(&self.fixture, false, false)), left);
+        if left.contains(&Fault::Root) {
+            self.accept_records();
+            let others: Vec<_> = left
+                .iter()
+                .copied()
+                .filter(|fault| *fault != Fault::Root)
+                .collect();
+            assert_eq!(faults(&check(&self.fixture, false, false)), others);
+        }
         report
     }
 }
@@ -162,7 +188,7 @@ fn an_inode_without_a_name_gets_one_in_lost_and_found() {
     made.remove(b'D', Ino::ROOT);
     made.remove(b'D', Ino::ROOT);
     // With both names of the root gone, the directory has none, and the file one.
-    let report = made.expect(&[Fault::Count, Fault::Lost], &[]);
+    let report = made.expect(&[Fault::Count, Fault::Lost, Fault::Root], &[Fault::Root]);
     let lost: Vec<_> = report
         .problems
         .iter()
@@ -187,7 +213,10 @@ fn a_name_of_an_inode_that_is_gone_is_told_by_its_directory() {
     let made = Made::new();
     made.remove(b'I', made.small);
     // Its rows belong to nothing; its names cannot be taken from the directories without a guess.
-    let report = made.expect(&[Fault::Counter, Fault::LeftOver, Fault::Name], &[Fault::Name]);
+    let report = made.expect(
+        &[Fault::Counter, Fault::LeftOver, Fault::Name, Fault::Root],
+        &[Fault::Name, Fault::Root],
+    );
     let name = report
         .problems
         .iter()
@@ -201,13 +230,16 @@ fn a_name_of_an_inode_that_is_gone_is_told_by_its_directory() {
 fn counts_are_counted_again() {
     let made = Made::new();
     made.remove(b'X', made.small);
-    let report = made.expect(&[Fault::Count], &[]);
+    let report = made.expect(&[Fault::Count, Fault::Root], &[Fault::Root]);
     assert!(["/also", "/dir/small"].contains(&path_of(&report.problems[0])));
     made.remove(b'B', made.large);
-    made.expect(&[Fault::Bitmap], &[]);
+    made.expect(&[Fault::Bitmap, Fault::Root], &[Fault::Root]);
     // A chunk of the large file, its run and its blocks.
     made.remove(b'C', made.large);
-    made.expect(&[Fault::Bitmap, Fault::Count, Fault::LeakedSpace], &[]);
+    made.expect(
+        &[Fault::Bitmap, Fault::Count, Fault::LeakedSpace, Fault::Root],
+        &[Fault::Root],
+    );
     assert_eq!(check(&made.fixture, true, false).problems, []);
 }
 
@@ -229,7 +261,7 @@ fn a_damaged_mark_of_an_unlinked_inode_keeps_nothing_from_being_opened_and_is_ma
     assert_eq!(content(&volume, made.large).unwrap(), noise(2, 400_000));
     volume.close().unwrap();
     drop(volume);
-    made.expect(&[Fault::Lost], &[]);
+    made.expect(&[Fault::Lost, Fault::Root], &[Fault::Root]);
     assert_eq!(check(&made.fixture, true, false).counts.inodes, 3);
 }
 
@@ -239,8 +271,14 @@ fn what_was_below_a_directory_that_is_gone_is_found_again() {
     made.remove(b'I', made.dir);
     // The entries are of no directory; the file that has another name keeps it.
     made.expect(
-        &[Fault::Count, Fault::Counter, Fault::Lost, Fault::Name],
-        &[Fault::Name],
+        &[
+            Fault::Count,
+            Fault::Counter,
+            Fault::Lost,
+            Fault::Name,
+            Fault::Root,
+        ],
+        &[Fault::Name, Fault::Root],
     );
     let volume = made.fixture.open();
     let found = volume.lookup(Ino::ROOT, b"lost+found").unwrap().ino;
@@ -264,8 +302,8 @@ fn a_database_that_is_damaged_in_itself_is_told_and_nothing_is_repaired() {
         flip(table, 100);
     }
     let report = match made.fixture.try_check(CheckOptions {
-        scrub: false,
         repair: true,
+        ..CheckOptions::default()
     }) {
         Ok(report) => report,
         // Not even the root record could be read.

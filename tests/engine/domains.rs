@@ -60,7 +60,7 @@ fn slot_files(fixture: &Fixture, domain: Domain) -> usize {
 fn check(fixture: &Fixture) -> cmkfs::engine::Report {
     let how = CheckOptions {
         scrub: true,
-        repair: false,
+        ..CheckOptions::default()
     };
     let report = fixture.try_check(how).unwrap();
     assert_eq!(report.problems, []);

@@ -13,6 +13,7 @@ mod golden;
 mod keys;
 mod model;
 mod reference;
+mod roots;
 mod space;
 mod support;
 mod tree;

@@ -348,7 +348,7 @@ impl Fixture {
     pub fn assert_consistent(&self) {
         let how = CheckOptions {
             scrub: true,
-            repair: false,
+            ..CheckOptions::default()
         };
         let mut problems = self.try_check(how).unwrap().problems;
         problems.retain(|problem| problem.fault != Fault::LeakedSpace);

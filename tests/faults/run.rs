@@ -432,7 +432,7 @@ impl Machine {
     fn check(&self) -> Verdict<()> {
         let how = CheckOptions {
             scrub: true,
-            repair: false,
+            ..CheckOptions::default()
         };
         let kms: Arc<dyn KeyService> = self.kms.clone();
         let report = Volume::check(&self.dir(), how, kms, self.clock.clone(), &mut |_| ());

@@ -14,6 +14,7 @@ mod fencing;
 mod files;
 mod fsck;
 mod handles;
+mod integrity;
 mod locks;
 mod names;
 mod posix;

@@ -23,6 +23,11 @@ pub enum Label {
         /// The key domain.
         domain: u16,
     },
+    /// Keys the PRF that makes a number of each record for the roots of one key domain; derived from the volume key.
+    VolumeRoots {
+        /// The key domain.
+        domain: u16,
+    },
     /// Seals the content blocks of one file; derived from its data key (DEK), which itself encrypts nothing.
     FileContent {
         /// The key domain.
@@ -52,6 +57,7 @@ impl Label {
         match self {
             Self::VolumeRecords { domain } => format!("cmkfs/1/records/{domain:04x}"),
             Self::VolumeNames { domain } => format!("cmkfs/1/names/{domain:04x}"),
+            Self::VolumeRoots { domain } => format!("cmkfs/1/roots/{domain:04x}"),
             Self::FileContent { domain } => format!("cmkfs/1/content/{domain:04x}"),
             Self::Blob => "kmsd/1/blob".to_owned(),
             Self::KeystoreMaterial => "kmsd/1/material".to_owned(),
@@ -98,11 +104,13 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    const LABELS: [Label; 14] = [
+    const LABELS: [Label; 16] = [
         Label::VolumeRecords { domain: 0 },
         Label::VolumeRecords { domain: 1 },
         Label::VolumeNames { domain: 0 },
         Label::VolumeNames { domain: 1 },
+        Label::VolumeRoots { domain: 0 },
+        Label::VolumeRoots { domain: 1 },
         Label::FileContent { domain: 0 },
         Label::FileContent { domain: 1 },
         Label::Blob,

@@ -41,6 +41,7 @@ pub(super) fn run(arguments: &FsckArguments, socket: &Path) -> Result<ExitCode, 
     let options = CheckOptions {
         scrub: arguments.scrub,
         repair: arguments.repair,
+        accept_records: arguments.accept_records,
     };
     let mut screen = Screen::new(arguments.json);
     let checked = Volume::check(

@@ -16,7 +16,7 @@ mod status;
 mod umount;
 
 use crate::adapters::kms::connect;
-use crate::engine::{DomainStatus, KeyError, OpenError, Superblock};
+use crate::engine::{DomainStatus, KeyError, OpenError, Superblock, Verification};
 use clap::{Args, Parser, Subcommand};
 use kms_client::ClientError;
 use serde_json::{Value, json};
@@ -111,7 +111,9 @@ struct MountArguments {
     /// suid, dev, exec, noatime, cache=writeback, cache=none, publish_interval_ms=N, key_poll_interval_ms=N,
     /// drain_max_ms=N (time to store what was written when the key is revoked; the rest is dropped), block_cache_mib=N,
     /// dek_cache_entries_max=N, node_cache_entries_max=N,
-    /// accept_kms_restore (kmsd's keystore was put back on purpose).
+    /// accept_kms_restore (kmsd's keystore was put back on purpose),
+    /// verify=lazy, verify=full, verify=off (whether the records are those that were last written: in the background, which is
+    /// the default, before anything is served, or never).
     #[arg(short = 'o', value_name = "OPTIONS", verbatim_doc_comment)]
     options: Vec<String>,
     /// Stay in the foreground, and log to the standard error output.
@@ -172,6 +174,10 @@ struct FsckArguments {
     /// without a name.
     #[arg(long)]
     repair: bool,
+    /// With --repair: take the records that are there for those that were last written, whatever was put back as it once was,
+    /// removed or added.
+    #[arg(long, requires = "repair")]
+    accept_records: bool,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -283,7 +289,21 @@ fn domain_document(status: &DomainStatus) -> Value {
         "erased": status.is_erased,
         "inodes": status.inodes,
         "data_bytes": status.blocks.saturating_mul(4096),
+        "verification": status.verification.map(verification_document),
     })
+}
+
+fn verification_document(verification: Verification) -> Value {
+    match verification {
+        Verification::Off => json!({ "state": "off" }),
+        Verification::Unsupported => json!({ "state": "unsupported" }),
+        Verification::Waiting => json!({ "state": "waiting" }),
+        Verification::Running { inodes } => json!({ "state": "running", "inodes": inodes }),
+        Verification::Matches { inodes, records } => {
+            json!({ "state": "matches", "inodes": inodes, "records": records })
+        }
+        Verification::Differs { findings } => json!({ "state": "differs", "findings": findings }),
+    }
 }
 
 fn open_failure(error: &OpenError, volume: &Path, socket: &Path) -> Failure {
@@ -298,6 +318,10 @@ fn open_failure(error: &OpenError, volume: &Path, socket: &Path) -> Failure {
         }
         OpenError::FutureFormat { found, known } => format!(
             "{} has format version {found}, this program knows versions up to {known}: use a newer cmkfs",
+            volume.display()
+        ),
+        OpenError::NotAsWritten(_) => format!(
+            "{}: {error}. Put the true copy back; 'cmkfs fsck' says which files differ, '-o verify=lazy' mounts it for reading",
             volume.display()
         ),
         other => format!("{}: {other}", volume.display()),

@@ -2,7 +2,7 @@
 
 use super::Failure;
 use crate::adapters::fuse::{CacheMode, MountFlags};
-use crate::engine::Options;
+use crate::engine::{Options, Verify};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -76,6 +76,18 @@ fn set_value(options: &mut MountOptions, name: &str, value: &str) -> Result<(), 
                 _ => return Err(format!("cache={value}: it is cache=writeback or cache=none")),
             }
         }
+        "verify" => {
+            engine.verify = match value {
+                "lazy" => Verify::Lazy,
+                "full" => Verify::Full,
+                "off" => Verify::Off,
+                _ => {
+                    return Err(format!(
+                        "verify={value}: it is verify=lazy, verify=full or verify=off"
+                    ));
+                }
+            }
+        }
         "publish_interval_ms" => {
             engine.publish_interval = Duration::from_millis(number(name, value, 10, 3_600_000)?)
         }
@@ -123,6 +135,12 @@ mod tests {
         assert!(options.engine.read_only && options.flags.read_only && options.flags.no_suid);
         assert_eq!(options.cache, CacheMode::None);
         assert_eq!(options.engine.publish_interval, Duration::from_millis(250));
+        assert_eq!(options.engine.verify, Verify::Lazy);
+        assert_eq!(parsed("verify=full").unwrap().engine.verify, Verify::Full);
+        assert_eq!(
+            parsed("verify=full,verify=off").unwrap().engine.verify,
+            Verify::Off
+        );
     }
 
     #[test]
@@ -131,6 +149,7 @@ mod tests {
             ("bogus", "'bogus'"),
             ("size=3", "'size'"),
             ("cache=all", "cache=all"),
+            ("verify=never", "verify=never"),
             ("publish_interval_ms=0", "publish_interval_ms=0"),
             ("block_cache_mib=-1", "block_cache_mib=-1"),
         ] {

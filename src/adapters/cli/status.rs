@@ -39,12 +39,15 @@ fn table(state: &Value) -> String {
         format!("{:<16}{value}", name.replace('_', " "))
     });
     let domains = state.get("domains").and_then(Value::as_array);
+    let first = domains.and_then(|domains| domains.first());
+    let verified = first.map(|first| format!("{:<16}{}", "verification", verification(first)));
     // The volume's own is what the fields tell of, unless there are others.
     let domains = domains
         .into_iter()
         .flatten()
         .filter(|_| domains.is_some_and(|all| all.len() > 1));
     lines
+        .chain(verified)
         .chain(domains.map(domain_line))
         .collect::<Vec<_>>()
         .join("\n")
@@ -59,12 +62,30 @@ fn domain_line(domain: &Value) -> String {
         )
     };
     format!(
-        "{:<16}{} {} {}: {} inodes, {} bytes",
+        "{:<16}{} {} {}: {} inodes, {} bytes, verification: {}",
         format!("domain {}", text("domain")),
         text("path"),
         text("cmk_arn"),
         text("key_state"),
         text("inodes"),
-        text("data_bytes")
+        text("data_bytes"),
+        verification(domain)
     )
+}
+
+/// How far a domain's verification is.
+fn verification(domain: &Value) -> String {
+    let found = domain.get("verification");
+    let state = found.and_then(|found| found.get("state")).and_then(Value::as_str);
+    let count = |name| {
+        let count = found.and_then(|found| found.get(name));
+        count.and_then(Value::as_u64).unwrap_or_default()
+    };
+    match state {
+        Some("running") => format!("{} inodes so far", count("inodes")),
+        Some("matches") => format!("matches, {} records", count("records")),
+        Some("differs") => format!("DIFFERS, {} findings; it takes no changes", count("findings")),
+        Some(state) => state.to_owned(),
+        None => "-".to_owned(),
+    }
 }

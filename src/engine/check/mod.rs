@@ -9,6 +9,7 @@ mod names;
 mod records;
 mod repair;
 mod report;
+mod roots;
 mod scrub;
 mod slotfiles;
 
@@ -21,6 +22,7 @@ use super::keyservice::KeyService;
 use super::open::{OpenError, Writing, open_core};
 use super::types::{FileKind, Ino};
 use super::upkeep::{self, Threads};
+use super::verification::Verify;
 use super::volume::{Options, Volume};
 use repair::Fix;
 use scrub::BadBlocks;
@@ -35,6 +37,9 @@ pub struct CheckOptions {
     pub scrub: bool,
     /// Repair what can be repaired. Without it nothing on storage changes.
     pub repair: bool,
+    /// With `repair`: take the records that are there for those that were last written, whatever was put back, removed or
+    /// added, and have the roots say so.
+    pub accept_records: bool,
 }
 
 impl Volume {
@@ -52,6 +57,8 @@ impl Volume {
     ) -> std::result::Result<Report, OpenError> {
         let engine = Options {
             read_only: !options.repair,
+            // It does that itself.
+            verify: Verify::Off,
             ..Options::default()
         };
         let writing = match options.repair {
@@ -200,6 +207,7 @@ impl Check<'_> {
             self.check_slot_files()?;
             self.check_links();
             self.check_counters();
+            self.check_roots(options.accept_records)?;
             self.tell();
         }
         if options.scrub {

@@ -2,7 +2,6 @@
 
 use super::repair::Fix;
 use super::{Check, Fault, Found, Known};
-use crate::engine::core::decode_record;
 use crate::engine::error::{Error, Result};
 use crate::engine::format::dirent::{Entry, Place, Xattr};
 use crate::engine::format::rowkey::{self, Family, Kind, Table};
@@ -58,12 +57,8 @@ impl Check<'_> {
         let root = self.core.committer.root();
         self.each_row(Kind::Inode, "inodes", Some(root.inodes), |check, key, sealed| {
             let ino = Ino(rowkey::last_number(key).unwrap_or_default());
-            let record = check
-                .access
-                .open_row(ino, key, sealed)
-                .and_then(|plain| decode_record(ino, &plain));
-            let record = match record {
-                Ok(record) => record,
+            let (record, _) = match check.access.open_record(ino, key, sealed) {
+                Ok(found) => found,
                 Err(Error::Corrupt { what }) => {
                     check.damaged.insert(ino);
                     check.found(

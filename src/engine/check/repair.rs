@@ -6,7 +6,10 @@ use crate::engine::commit::Batch;
 use crate::engine::core::{Access, Core};
 use crate::engine::error::{Error, Result};
 use crate::engine::format::dirent::Dirent;
-use crate::engine::format::rowkey::{self, Family, Table};
+use crate::engine::format::rowkey::{self, Cover, Family, Table};
+use crate::engine::format::rowsum::RowSum;
+use crate::engine::node::Stored;
+use crate::engine::runs::Runs;
 use crate::engine::staged::Staged;
 use crate::engine::table::Search;
 use crate::engine::types::{Domain, FileKind, Ino, NewNode};
@@ -29,6 +32,10 @@ pub(super) enum Fix {
     Inodes(Domain, u64, u64),
     /// The same of blocks.
     Blocks(Domain, u64, u64),
+    /// By how much the sum in an inode's record is to change.
+    Rows(Ino, RowSum),
+    /// By how much the sum in a domain's root is to change.
+    Root(Domain, RowSum),
 }
 
 impl Fix {
@@ -41,8 +48,18 @@ impl Fix {
             | Self::MarkOrphan(ino)
             | Self::Bitmap(ino, ..)
             | Self::Punch(ino, _)
-            | Self::RemoveSlotFile(ino) => ino.domain(),
-            Self::Inodes(domain, ..) | Self::Blocks(domain, ..) => *domain,
+            | Self::RemoveSlotFile(ino)
+            | Self::Rows(ino, _) => ino.domain(),
+            Self::Inodes(domain, ..) | Self::Blocks(domain, ..) | Self::Root(domain, _) => *domain,
+        }
+    }
+
+    /// What was counted is written before anything changes it, and the sums of what there is before all.
+    fn turn(&self) -> u8 {
+        match self {
+            Self::Rows(..) | Self::Root(..) => 0,
+            Self::Counts(..) => 1,
+            _ => 2,
         }
     }
 }
@@ -59,10 +76,9 @@ pub(super) struct Recount {
 
 /// Repairs what can be, and makes it durable.
 pub(super) fn repair(core: &Core, findings: &mut [Finding], watch: &mut dyn FnMut(Event<'_>)) -> Result<()> {
-    let is_count = |finding: &Finding| matches!(finding.fix, Some(Fix::Counts(..)));
-    // What was counted is written before anything changes it.
-    for counts in [true, false] {
-        for finding in findings.iter_mut().filter(|finding| is_count(finding) == counts) {
+    for turn in 0..=2 {
+        let is_next = |finding: &&mut Finding| finding.fix.as_ref().is_some_and(|fix| fix.turn() == turn);
+        for finding in findings.iter_mut().filter(is_next) {
             let Some(fix) = &finding.fix else { continue };
             match core.drain(fix.domain()).and_then(|access| access.apply(fix)) {
                 Ok(()) => {
@@ -84,23 +100,40 @@ impl Access<'_> {
     fn apply(&self, fix: &Fix) -> Result<()> {
         let mut batch = Batch::default();
         match fix {
-            Fix::DeleteRow(family, key) => batch.delete(*family, key.clone()),
+            Fix::DeleteRow(Family::Content, key) => batch.delete(Family::Content, key.clone()),
+            Fix::DeleteRow(Family::Meta, key) => {
+                let delete = |batch: &mut Batch| {
+                    let old = self.stored_seal(key)?;
+                    self.delete_row(batch, key.clone(), old.as_ref())
+                };
+                match rowkey::cover(key) {
+                    Some(Cover::Inode(ino)) => return self.change_rows(ino, delete),
+                    _ => delete(&mut batch)?,
+                }
+            }
             Fix::Counts(ino, recount) => return self.recount(*ino, *recount),
             Fix::Reconnect(ino) => return self.reconnect(*ino),
             Fix::MarkOrphan(ino) => {
-                self.put_orphan(&mut batch, *ino)?;
+                let key = rowkey::orphan(*ino);
+                // One that is damaged may be there.
+                let old = self.stored_seal(&key)?;
+                self.put_row(&mut batch, key, &[], old.as_ref())?;
                 self.commit(batch)?;
                 self.orphaned(*ino);
                 return Ok(());
             }
             Fix::Bitmap(ino, page, bits) => {
                 let key = rowkey::bitmap(*ino, *page);
-                if bits.iter().all(|byte| *byte == 0) {
-                    batch.delete(Family::Meta, key);
-                } else {
-                    self.put_row(&mut batch, key, bits)?;
-                }
+                return self.change_rows(*ino, |batch| {
+                    let old = self.stored_seal(&key)?;
+                    match bits.iter().all(|byte| *byte == 0) {
+                        true => self.delete_row(batch, key.clone(), old.as_ref()),
+                        false => self.put_row(batch, key.clone(), bits, old.as_ref()).map(|_| ()),
+                    }
+                });
             }
+            Fix::Rows(ino, change) => return self.restate(*ino, *change),
+            Fix::Root(domain, change) => batch.adjust(*domain, *change),
             Fix::Punch(ino, runs) => {
                 let slots = self.slots.existing(*ino)?;
                 return runs.iter().try_for_each(|run| slots.punch(*run));
@@ -113,6 +146,44 @@ impl Access<'_> {
             Fix::Blocks(domain, before, after) => batch.count_blocks(*domain, *before, *after),
         }
         self.commit(batch).map(|_| ())
+    }
+
+    /// Changes rows of an inode, and its record, if it has one, with them.
+    fn change_rows(&self, ino: Ino, change: impl FnOnce(&mut Batch) -> Result<()>) -> Result<()> {
+        let mut batch = Batch::default();
+        let node = match self.node(ino) {
+            // Nothing covers them.
+            Err(Error::Posix(libc::ESTALE) | Error::Corrupt { .. }) => {
+                change(&mut batch)?;
+                batch.take_change_of(ino);
+                return self.commit(batch).map(|_| ());
+            }
+            node => node?,
+        };
+        let mut state = node.state.write();
+        change(&mut batch)?;
+        let stored = self.put_inode(&mut batch, ino, &state.record_to_store(), Some(&state.stored))?;
+        self.commit(batch)?;
+        state.stored = stored;
+        // What was read of bitmaps may be another now.
+        state.file.runs = Runs::default();
+        Ok(())
+    }
+
+    /// Has an inode's record say what its rows add up to.
+    fn restate(&self, ino: Ino, change: RowSum) -> Result<()> {
+        let node = self.node(ino)?;
+        let mut state = node.state.write();
+        let mut rows = state.stored.rows;
+        if let Some(rows) = &mut rows {
+            rows.merge(change);
+        }
+        let old = Stored { rows, ..state.stored };
+        let mut batch = Batch::default();
+        let stored = self.put_inode(&mut batch, ino, &state.record_to_store(), Some(&old))?;
+        self.commit(batch)?;
+        state.stored = stored;
+        Ok(())
     }
 
     fn recount(&self, ino: Ino, recount: Recount) -> Result<()> {
@@ -128,8 +199,9 @@ impl Access<'_> {
             record.content.blocks = blocks;
             record.content.runs = runs;
         }
-        self.put_inode(&mut batch, ino, &record)?;
+        let stored = self.put_inode(&mut batch, ino, &record, Some(&state.stored))?;
         self.commit(batch)?;
+        state.stored = stored;
         state.published = record.content;
         state.record = record;
         Ok(())

@@ -32,6 +32,9 @@ pub enum Fault {
     Foreign,
     /// A block's content fails authentication.
     Block,
+    /// The records of an inode, or of a domain, are not those that were last written: some were put back as they once were,
+    /// dropped or added.
+    Root,
 }
 
 impl Fault {
@@ -52,6 +55,7 @@ impl Fault {
             Self::LeakedSpace => "leaked-space",
             Self::Foreign => "foreign",
             Self::Block => "block",
+            Self::Root => "root",
         }
     }
 }

@@ -2,7 +2,7 @@
 //! moved or zeroed on storage fails against the tag that stands here, beside the pointer.
 
 use super::codec::{Malformed, Reader, Writer};
-use kms_crypto::{NONCE_LEN, Nonce, TAG_LEN, Tag};
+use super::seal::Seal;
 
 /// Bytes of plaintext in a block, and of ciphertext in a slot.
 pub(crate) const BLOCK: usize = 4096;
@@ -18,13 +18,6 @@ const HOLE: u8 = 0;
 const UNWRITTEN: u8 = 1;
 const INLINE: u8 = 2;
 const SLOT: u8 = 3;
-
-/// What opens a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Seal {
-    pub(crate) nonce: Nonce,
-    pub(crate) tag: Tag,
-}
 
 /// One block of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -89,7 +82,7 @@ impl Chunk {
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Writer::with_capacity(64 + CHUNK_BLOCKS * (NONCE_LEN + TAG_LEN));
+        let mut out = Writer::with_capacity(64 + CHUNK_BLOCKS * Seal::LENGTH);
         out.u8(VERSION).u64(self.run.unwrap_or(NO_RUN));
         for block in &self.blocks {
             out.u8(match block {
@@ -103,11 +96,9 @@ impl Chunk {
             match block {
                 Block::Hole | Block::Unwritten => {}
                 Block::Inline { seal, length } => {
-                    out.u16(*length).bytes(&seal.nonce.0).bytes(&seal.tag.0);
+                    seal.write(out.u16(*length));
                 }
-                Block::Slot(seal) => {
-                    out.bytes(&seal.nonce.0).bytes(&seal.tag.0);
-                }
+                Block::Slot(seal) => seal.write(&mut out),
             }
         }
         out.finish()
@@ -135,21 +126,14 @@ impl Chunk {
                     }
                     Block::Inline {
                         length,
-                        seal: seal(&mut input)?,
+                        seal: Seal::read(&mut input)?,
                     }
                 }
-                SLOT if run.is_some() => Block::Slot(seal(&mut input)?),
+                SLOT if run.is_some() => Block::Slot(Seal::read(&mut input)?),
                 _ => return Err(Malformed),
             };
         }
         input.end()?;
         Ok(chunk)
     }
-}
-
-fn seal(input: &mut Reader<'_>) -> Result<Seal, Malformed> {
-    Ok(Seal {
-        nonce: Nonce(input.array()?),
-        tag: Tag(input.array()?),
-    })
 }

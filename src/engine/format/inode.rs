@@ -2,10 +2,13 @@
 //! them can be changed or moved to another inode.
 
 use super::codec::{Malformed, Reader, Writer};
+use super::rowsum::RowSum;
 use crate::engine::types::{Attr, FileKind, Ino, Timestamp};
 use std::sync::Arc;
 
 const VERSION: u8 = 1;
+/// Of a record that says what the other rows of the inode add up to.
+const VERSION_WITH_ROWS: u8 = 2;
 
 /// What is stored of an inode.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,9 +48,11 @@ pub(crate) struct ContentState {
 }
 
 impl InodeRecord {
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Writer::with_capacity(160 + self.wrapped_dek.len() + self.target.len());
-        out.u8(VERSION).u8(self.kind as u8).u16(self.perm).u32(self.nlink);
+    /// The record, with the sum of the inode's other rows, which formats before the second have not.
+    pub(crate) fn encode(&self, rows: Option<&RowSum>) -> Vec<u8> {
+        let mut out = Writer::with_capacity(200 + self.wrapped_dek.len() + self.target.len());
+        let version = rows.map_or(VERSION, |_| VERSION_WITH_ROWS);
+        out.u8(version).u8(self.kind as u8).u16(self.perm).u32(self.nlink);
         out.u32(self.uid).u32(self.gid).u32(self.rdev);
         out.u64(self.content.size)
             .u64(self.content.blocks)
@@ -57,12 +62,16 @@ impl InodeRecord {
         }
         out.u64(self.parent.0).u64(self.children).u32(self.xattrs);
         out.field(&self.wrapped_dek).field(&self.target);
+        if let Some(rows) = rows {
+            rows.write(&mut out);
+        }
         out.finish()
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<(Self, Option<RowSum>), Malformed> {
         let mut input = Reader::new(bytes);
-        if input.u8()? != VERSION {
+        let version = input.u8()?;
+        if version != VERSION && version != VERSION_WITH_ROWS {
             return Err(Malformed);
         }
         let record = Self {
@@ -87,8 +96,12 @@ impl InodeRecord {
             wrapped_dek: input.field()?.into(),
             target: input.field()?.into(),
         };
+        let rows = match version {
+            VERSION_WITH_ROWS => Some(RowSum::read(&mut input)?),
+            _ => None,
+        };
         input.end()?;
-        Ok(record)
+        Ok((record, rows))
     }
 
     pub(crate) fn attr(&self, ino: Ino) -> Attr {

@@ -7,4 +7,6 @@ pub(crate) mod domain;
 pub(crate) mod inode;
 pub(crate) mod root;
 pub(crate) mod rowkey;
+pub(crate) mod rowsum;
+pub(crate) mod seal;
 pub(crate) mod superblock;

@@ -86,6 +86,29 @@ pub(crate) fn usage(about: Domain) -> Vec<u8> {
     key(Domain::FIRST, Kind::Usage, &[about.0.into()])
 }
 
+/// What covers a row of the family `meta`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cover {
+    /// The root of a domain.
+    Domain(Domain),
+    /// The record of an inode.
+    Inode(Ino),
+}
+
+/// What covers a row: an inode's record what says more of that inode, a domain's root all else. `None` for what is no row, and
+/// for root records.
+pub(crate) fn cover(key: &[u8]) -> Option<Cover> {
+    let (domain, kind) = (domain_of(key)?, *key.get(2)?);
+    let is = |kinds: &[Kind]| kinds.iter().any(|known| *known as u8 == kind);
+    if is(&[Kind::Inode, Kind::Orphan, Kind::Domain, Kind::Usage]) {
+        Some(Cover::Domain(domain))
+    } else if is(&[Kind::Dirent, Kind::Xattr, Kind::Chunk, Kind::Bitmap]) {
+        Some(Cover::Inode(numbers(key).0))
+    } else {
+        None
+    }
+}
+
 /// The domain that a row belongs to.
 pub(crate) fn domain_of(key: &[u8]) -> Option<Domain> {
     key.first_chunk().map(|bytes| Domain(u16::from_be_bytes(*bytes)))

@@ -5,15 +5,40 @@ use super::codec::{Malformed, Reader, Writer};
 use sha2::{Digest, Sha256};
 
 pub(crate) const MAGIC: [u8; 8] = *b"cmkfsvol";
-/// The format version this build reads and writes.
-pub(crate) const VERSION: u32 = 1;
+/// A format version that this build knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Version {
+    /// Without roots.
+    One = 1,
+    /// With the sum of each inode's rows in its record, and of a domain's records in its root record.
+    Two = 2,
+}
+
+impl Version {
+    /// What new volumes are made of.
+    pub(crate) const LATEST: Self = Self::Two;
+
+    fn from_u32(number: u32) -> Result<Self, SuperblockError> {
+        match number {
+            0 => Err(SuperblockError::Malformed),
+            1 => Ok(Self::One),
+            2 => Ok(Self::Two),
+            other => Err(SuperblockError::Future(other)),
+        }
+    }
+
+    /// Whether rows are summed up.
+    pub(crate) fn has_roots(self) -> bool {
+        self >= Self::Two
+    }
+}
 /// Longest superblock that is read.
 pub(crate) const LENGTH_MAX: u64 = 16 << 10;
 
 /// What names a volume and opens it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Superblock {
-    version: u32,
+    version: Version,
     volume: [u8; 16],
     cmk_arn: String,
     wrapped_vk: Vec<u8>,
@@ -36,7 +61,7 @@ impl From<Malformed> for SuperblockError {
 impl Superblock {
     pub(crate) fn new(volume: [u8; 16], cmk_arn: &str, wrapped_vk: Vec<u8>) -> Self {
         Self {
-            version: VERSION,
+            version: Version::LATEST,
             volume,
             cmk_arn: cmk_arn.to_owned(),
             wrapped_vk,
@@ -58,6 +83,10 @@ impl Superblock {
     /// The format version.
     #[must_use]
     pub fn version(&self) -> u32 {
+        self.version as u32
+    }
+
+    pub(crate) fn format(&self) -> Version {
         self.version
     }
 
@@ -68,7 +97,7 @@ impl Superblock {
     fn fixed_part(&self) -> Writer {
         let mut out = Writer::with_capacity(256);
         out.bytes(&MAGIC)
-            .u32(self.version)
+            .u32(self.version as u32)
             .bytes(&self.volume)
             .field(self.cmk_arn.as_bytes());
         out
@@ -90,13 +119,7 @@ impl Superblock {
         if input.array().ok() != Some(MAGIC) {
             return Err(SuperblockError::NotAVolume);
         }
-        let version = input.u32()?;
-        if version > VERSION {
-            return Err(SuperblockError::Future(version));
-        }
-        if version != VERSION {
-            return Err(SuperblockError::Malformed);
-        }
+        let version = Version::from_u32(input.u32()?)?;
         let volume = input.array()?;
         let cmk_arn = String::from_utf8(input.field()?.to_vec()).map_err(|_| Malformed)?;
         let wrapped_vk = input.field()?.to_vec();

@@ -6,10 +6,13 @@ use crate::engine::commit::{Batch, Committer, Seq, Written};
 use crate::engine::error::Error;
 use crate::engine::format::root::RootRecord;
 use crate::engine::format::rowkey::{self, Family};
+use crate::engine::format::rowsum::RowSum;
+use crate::engine::format::seal::Seal;
+use crate::engine::format::superblock::Version;
 use crate::engine::keys::DomainKeys;
 use crate::engine::space::{Limits, Space};
 use crate::engine::store::{Change, Disk, Store};
-use crate::engine::types::Domain;
+use crate::engine::types::{Domain, Ino};
 use shuttle::rand::{Rng, thread_rng};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -35,12 +38,14 @@ impl World {
         let store = Arc::new(Store::with(Path::new("commit"), disk));
         let root = RootRecord {
             ino_limit: FIRST_FREE_INO,
+            sum: Some(RowSum::default()),
             ..RootRecord::default()
         };
         let last = Written {
             root,
             row: Vec::new(),
             usage: BTreeMap::new(),
+            roots: BTreeMap::new(),
         };
         // A host without a single free block, and without ballast.
         let host = Path::new("/proc");
@@ -48,7 +53,7 @@ impl World {
         Arc::new(Self {
             committer: Committer::new(Arc::clone(&store), space, last),
             store,
-            keys: DomainKeys::new(&key_of(&[1; 32]), [2; 16], Domain::FIRST).unwrap(),
+            keys: DomainKeys::new(&key_of(&[1; 32]), [2; 16], Version::LATEST, Domain::FIRST).unwrap(),
             reserved: Mutex::default(),
             answered: Mutex::default(),
         })
@@ -59,11 +64,14 @@ impl World {
         self.committer.check().is_err()
     }
 
-    /// Commits one row of its own.
-    fn commit(&self, name: Vec<u8>) -> Result<Seq, Error> {
+    /// Commits one row of its own, which the root's sum covers.
+    fn commit(&self, ino: Ino) -> Result<Seq, Error> {
         let was_poisoned = self.is_poisoned();
         let mut batch = Batch::default();
-        batch.put(Family::Meta, name.clone(), Vec::new());
+        let name = rowkey::orphan(ino);
+        let row = self.keys.seal_row(Family::Meta, &name, &[]).unwrap();
+        batch.note_replaced(&self.keys, &name, None, Seal::of_row(&row).as_ref());
+        batch.put(Family::Meta, name.clone(), row);
         batch.count_inodes(Domain::FIRST, 1);
         let outcome = self.committer.commit(&self.keys, batch);
         if let Ok(seq) = outcome {
@@ -119,19 +127,23 @@ impl World {
         let disk = self.store.disk();
         let mut inodes = 0;
         let mut found = Vec::new();
+        let mut sum = RowSum::default();
         for (batch, seq) in disk.log.iter().zip(1_u64..) {
             let root = self.root_of(batch);
             assert_eq!(root.commit_seq, seq);
             assert!(root.durable_seq < seq);
             for change in batch {
-                if let Change::Put(_, key, value) = change
-                    && value.is_empty()
+                if let Change::Put(Family::Meta, key, value) = change
+                    && *key != rowkey::root(Domain::FIRST)
                 {
                     inodes += 1;
+                    let seal = Seal::of_row(value);
+                    self.keys.replace_in(&mut sum, key, None, seal.as_ref());
                     found.push((key.clone(), Seq(seq)));
                 }
             }
             assert_eq!(root.inodes, inodes);
+            assert_eq!(root.sum, Some(sum), "the root is not that of the rows");
         }
         let mut answered = self.answered.lock().unwrap().clone();
         answered.sort();
@@ -158,7 +170,7 @@ fn run(disk: Disk) -> Arc<World> {
         Box::new(move || {
             let mut last = Seq::default();
             for round in 0..COMMITS {
-                if let Ok(seq) = world.commit(vec![number, round]) {
+                if let Ok(seq) = world.commit(Ino(u64::from(number) * 256 + u64::from(round) + 1)) {
                     assert!(seq > last, "a thread's own commits change their order");
                     last = seq;
                 }
@@ -204,7 +216,7 @@ fn after_a_failed_append_or_sync_nobody_succeeds() {
         let has_failed = world.store.disk().good.is_none();
         assert_eq!(world.is_poisoned(), has_failed);
         if has_failed {
-            assert_eq!(world.commit(vec![9, 9]), Err(Error::Poisoned));
+            assert_eq!(world.commit(Ino(9 * 256 + 9)), Err(Error::Poisoned));
             assert_eq!(world.sync_to(Seq::default()), Err(Error::Poisoned));
         }
     });
@@ -248,7 +260,7 @@ fn what_a_large_batch_finds_no_room_for_keeps_no_other_from_being_committed() {
         let small = |number: u8| -> Box<dyn FnOnce() + Send> {
             let world = Arc::clone(&world);
             Box::new(move || {
-                let seq = world.commit(vec![number]).unwrap();
+                let seq = world.commit(Ino(u64::from(number) * 256)).unwrap();
                 world.sync_to(seq).unwrap();
             })
         };

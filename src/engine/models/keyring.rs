@@ -4,6 +4,7 @@
 use super::{Kms, explore, together};
 use crate::engine::error::Error;
 use crate::engine::filekeys::FileKeys;
+use crate::engine::format::superblock::Version;
 use crate::engine::keyring::{KeyState, Keyring, Purpose, VolumeKey};
 use crate::engine::keys::FileKey;
 use crate::engine::keyservice::KeyService;
@@ -135,6 +136,7 @@ fn in_the_dark_nothing_runs_and_no_key_is_left() {
         let files = Arc::new(FileKeys::new(64));
         let volume_key = VolumeKey {
             volume: [1; 16],
+            version: Version::LATEST,
             domain: Domain::FIRST,
             superblock_hash: [2; 32],
             wrapped: vec![7; 32],

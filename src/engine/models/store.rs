@@ -129,6 +129,50 @@ impl Disk {
     }
 }
 
+/// The rows of one moment.
+pub(crate) struct Moment(Map);
+
+/// A place among them.
+pub(crate) struct Cursor<'m> {
+    rows: std::iter::Peekable<std::collections::btree_map::Range<'m, (u8, Vec<u8>), Vec<u8>>>,
+}
+
+impl Store {
+    pub(crate) fn at_one_moment<T>(&self, look: impl FnOnce(&Moment) -> Result<T>) -> Result<T> {
+        let rows = self.disk().rows.clone();
+        yield_now();
+        look(&Moment(rows))
+    }
+}
+
+impl Moment {
+    pub(crate) fn go_on(&self) -> Result<()> {
+        Ok(())
+    }
+
+    pub(crate) fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        Ok(self.0.get(&(family as u8, key.to_vec())).cloned())
+    }
+
+    pub(crate) fn cursor(&self, family: Family, from: &[u8], to: &[u8]) -> Result<Cursor<'_>> {
+        let range = (family as u8, from.to_vec())..(family as u8, to.to_vec());
+        Ok(Cursor {
+            rows: self.0.range(range).peekable(),
+        })
+    }
+}
+
+impl Cursor<'_> {
+    pub(crate) fn row(&mut self) -> Result<Option<(&[u8], &[u8])>> {
+        let row = self.rows.peek();
+        Ok(row.map(|((_, key), value)| (key.as_slice(), value.as_slice())))
+    }
+
+    pub(crate) fn advance(&mut self) {
+        self.rows.next();
+    }
+}
+
 /// The disks by their directories, for stores that are opened again.
 static DISKS: LazyLock<Mutex<HashMap<PathBuf, Arc<Mutex<Disk>>>>> = LazyLock::new(Mutex::default);
 
