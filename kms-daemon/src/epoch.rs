@@ -131,7 +131,8 @@ impl EpochKeys {
             | Table::Aliases
             | Table::PendingAudit
             | Table::Holders
-            | Table::Dependants => &self.metadata,
+            | Table::Dependants
+            | Table::Anchors => &self.metadata,
         }
     }
 

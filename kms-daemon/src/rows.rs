@@ -249,3 +249,20 @@ pub struct DependantRow {
     #[prost(uint32, tag = "5")]
     pub uid: u32,
 }
+
+/// How far a key domain of a volume is known to have come. Its key is the volume's UUID (16) and the domain (2).
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct AnchorRow {
+    /// The number of a durable commit.
+    #[prost(uint64, tag = "1")]
+    pub commit_seq: u64,
+    /// What the domain's root was then, as its mount makes it: 32 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub mac: Vec<u8>,
+    /// Inode numbers below this were given out, in whatever became of the volume.
+    #[prost(uint64, tag = "3")]
+    pub ino_limit: u64,
+    /// When it moved last, in milliseconds since the Unix epoch.
+    #[prost(int64, tag = "4")]
+    pub moved_ms: i64,
+}

@@ -62,11 +62,13 @@ pub enum Table {
     Holders,
     /// Volumes and key domains that are encrypted under CMKs.
     Dependants,
+    /// How far key domains of volumes have come.
+    Anchors,
 }
 
 impl Table {
     /// Every table.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Manifest,
         Self::Keys,
         Self::Material,
@@ -74,10 +76,11 @@ impl Table {
         Self::PendingAudit,
         Self::Holders,
         Self::Dependants,
+        Self::Anchors,
     ];
 
     /// The tables whose every row the manifest answers for.
-    const COUNTED: [Self; 3] = [Self::Keys, Self::Material, Self::Aliases];
+    const COUNTED: [Self; 4] = [Self::Keys, Self::Material, Self::Aliases, Self::Anchors];
 
     /// The column family's name.
     #[must_use]
@@ -90,6 +93,7 @@ impl Table {
             Self::PendingAudit => "pending_audit",
             Self::Holders => "holders",
             Self::Dependants => "dependants",
+            Self::Anchors => "anchors",
         }
     }
 }

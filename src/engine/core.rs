@@ -90,6 +90,8 @@ pub(crate) enum Fetch {
     Files(Vec<Ino>),
     /// To tell the KMS what depends on the key of a domain.
     Report(Domain),
+    /// To tell the KMS how far the volume has come.
+    Anchor,
     /// The volume is being closed.
     Stop,
 }

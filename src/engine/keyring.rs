@@ -377,6 +377,22 @@ impl Keyring {
         Ok(key)
     }
 
+    /// Asks the KMS for something that it does for whoever was given the volume key; and, where a session of this mount was opened
+    /// anew, for that key before.
+    pub(crate) fn with_volume_key<T>(
+        &self,
+        ask: impl Fn(&dyn KeyService) -> std::result::Result<T, KeyError>,
+    ) -> std::result::Result<T, KeyError> {
+        before_call_to_kms();
+        match ask(&*self.service) {
+            Err(KeyError::Denied) => {}
+            answered => return answered,
+        }
+        let item = (self.volume_key.context(), self.volume_key.wrapped.clone());
+        self.service.open(&[item])?;
+        ask(&*self.service)
+    }
+
     /// Renews the lease.
     pub(crate) fn renew(&self, limit: Duration) -> std::result::Result<Renewal, KeyError> {
         before_call_to_kms();
@@ -496,7 +512,7 @@ pub(crate) fn state_after(error: &KeyError) -> Option<KeyState> {
         KeyError::Revoked => Some(KeyState::Revoked),
         KeyError::Erased | KeyError::Destroyed => Some(KeyState::Erased),
         KeyError::Denied | KeyError::RolledBack => Some(KeyState::Denied),
-        KeyError::Unreachable(_) | KeyError::BadBlob | KeyError::Other(_) => None,
+        KeyError::Unreachable(_) | KeyError::AnchorConflict | KeyError::BadBlob | KeyError::Other(_) => None,
     }
 }
 
@@ -513,7 +529,7 @@ pub(crate) fn key_failure(ino: Ino, error: &KeyError) -> Error {
     match error {
         KeyError::Revoked => Error::KeyRevoked,
         KeyError::Erased | KeyError::Destroyed => Error::KeyErased,
-        KeyError::Denied | KeyError::RolledBack => Error::KeyDenied,
+        KeyError::Denied | KeyError::RolledBack | KeyError::AnchorConflict => Error::KeyDenied,
         KeyError::Unreachable(_) => Error::KeyUnavailable,
         KeyError::BadBlob => Error::Corrupt {
             what: format!("wrapped data key of inode {}", ino.0),

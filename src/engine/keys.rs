@@ -1,6 +1,7 @@
 //! What the keys of a domain and of a file do: seal records, hide names, seal blocks.
 
 use super::error::{Error, Result};
+use super::format::codec::Writer;
 use super::format::dirent::CHAIN_BITS;
 use super::format::rowkey::{Family, Table};
 use super::format::rowsum::{RowSum, Term};
@@ -14,6 +15,8 @@ use kms_crypto::{
 /// Prefix of all authenticated data: product, format version, and what is sealed.
 const RECORD: &[u8; 8] = b"cmkfs\x01r\x01";
 const BLOCK: &[u8; 8] = b"cmkfs\x01b\x01";
+/// What an anchor's MAC is of, among what the root key is for.
+const ANCHOR: &[u8; 6] = b"anchor";
 const SEAL_FILE: &[u8; 8] = b"cmkfs\x01s\x01";
 
 /// The keys of one domain, derived from its volume key, which is dropped once they are.
@@ -97,6 +100,14 @@ impl DomainKeys {
         let family = [Family::Meta as u8];
         let parts: [&[u8]; 5] = [&family, &length, key, &seal.nonce.0, &seal.tag.0];
         self.roots.as_ref().map(|roots| Term(roots.of(&parts)))
+    }
+
+    /// What stands for a root in the KMS, which is to learn nothing of it. Rows begin with another byte.
+    pub(crate) fn anchor_mac(&self, commit_seq: u64, sum: &RowSum) -> Option<[u8; 32]> {
+        let mut plain = Writer::with_capacity(54);
+        plain.bytes(ANCHOR).u64(commit_seq);
+        sum.write(&mut plain);
+        self.roots.as_ref().map(|roots| roots.of(&[&plain.finish()]))
     }
 
     /// Whether rows are summed up.

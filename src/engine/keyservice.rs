@@ -55,6 +55,9 @@ pub enum KeyError {
     /// It knows less than it once did: its keystore was put back as it once was.
     #[error("the KMS knows less than it once did: its keystore was put back as it once was")]
     RolledBack,
+    /// The anchor that it has of the volume is another than the one that it is to be moved from.
+    #[error("the KMS knows of another history of the volume")]
+    AnchorConflict,
     /// The blob does not authenticate under that key and context.
     #[error("the wrapped key fails authentication")]
     BadBlob,
@@ -110,12 +113,48 @@ pub trait KeyService: Send + Sync {
     /// Why it was not heard; it is told again.
     fn report(&self, usage: Dependants) -> Result<(), KeyError>;
 
+    /// How far the volume is known to have come; none if that was never told.
+    ///
+    /// # Errors
+    /// [`KeyError::Denied`] unless the volume key was asked for before.
+    fn anchor(&self) -> Result<Option<Anchor>, KeyError>;
+
+    /// Tells how far it has come since it was `from`. Told again, it changes nothing.
+    ///
+    /// # Errors
+    /// [`KeyError::AnchorConflict`] if the KMS knows another than `from`; those of [`Self::anchor`].
+    fn advance_anchor(&self, from: Option<Anchor>, to: Anchor) -> Result<(), KeyError>;
+
+    /// Has a volume taken in that was put back on purpose: it has come as far as `to`, whatever the KMS knew.
+    ///
+    /// # Errors
+    /// Those of [`Self::anchor`].
+    fn accept_restore(&self, to: Anchor) -> Result<(), KeyError>;
+
     /// Gives it up, with whatever it was given: nothing more is asked of it.
     fn end(&self);
 
     /// While `refusing`, every call fails at once, those that wait for an answer included: they may be held by operations
     /// that a revocation waits for.
     fn refuse(&self, refusing: bool);
+}
+
+/// How far a volume has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Anchor {
+    /// The number of a durable commit.
+    pub commit_seq: u64,
+    /// What the volume's root was then: a MAC that only the holder of its keys can make.
+    pub mac: [u8; 32],
+    /// Inode numbers below this were given out.
+    pub ino_limit: u64,
+}
+
+impl Anchor {
+    /// Whether both say the same of a volume.
+    pub(crate) fn agrees(&self, other: &Self) -> bool {
+        (self.commit_seq, self.mac) == (other.commit_seq, other.mac)
+    }
 }
 
 /// What becomes noise with a CMK.

@@ -6,6 +6,7 @@
 
 mod acl;
 mod active;
+mod anchor;
 mod attributes;
 mod bell;
 mod check;
@@ -62,7 +63,8 @@ pub use error::{Error, Result};
 pub use format::superblock::Superblock;
 pub use keyring::KeyState;
 pub use keyservice::{
-    CacheObserver, Dependants, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal,
+    Anchor, CacheObserver, Dependants, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position,
+    Renewal,
 };
 pub use types::{
     Attr, Cookie, DirEntry, Domain, Fallocate, FileKind, Ino, Kill, NewNode, Owner, RenameFlags, Seek,

@@ -1,6 +1,7 @@
 //! Making a volume, and opening one.
 
 use super::active::Active;
+use super::anchor;
 use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::{Clock, SystemClock};
@@ -10,7 +11,7 @@ use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};
 use super::filekeys::FileKeys;
 use super::format::domain::{DomainRecord, DomainState, Usage};
-use super::format::root::{RootRecord, SealRecord};
+use super::format::root::{Anchors, RootRecord, SealRecord};
 use super::format::rowkey::{self, Family};
 use super::format::rowsum::RowSum;
 use super::format::seal::Seal;
@@ -94,6 +95,14 @@ pub enum OpenError {
         of_domain(*.0)
     )]
     NotAsWritten(Domain),
+    /// The KMS knows that the volume had come further, by so many operations.
+    #[error("the volume is older than its last known state: {0} operations missing")]
+    Older(u64),
+    /// The KMS knows of another history of the volume.
+    #[error(
+        "the volume is not the one that was mounted last: a copy of it went on elsewhere, or an older one from here"
+    )]
+    Forked,
     /// Storage failed.
     #[error("{0}")]
     Engine(Error),
@@ -264,7 +273,7 @@ pub(crate) fn open_core(
             store => store?,
         },
     });
-    let (last, sealed) = {
+    let (mut last, mut sealed) = {
         let admission = keyring.admit(Purpose::Serve)?;
         let sealed = seal::read(dir, admission.keys())?;
         (read_root(&store, admission.keys(), sealed.durable_seq)?, sealed)
@@ -276,6 +285,17 @@ pub(crate) fn open_core(
             }
             other => other?,
         }
+    }
+    let given_up = {
+        let admission = keyring.admit(Purpose::Serve)?;
+        let (anchors, given_up) =
+            anchor::check(&keyring, admission.keys(), &last.root, sealed.anchors, &options)?;
+        sealed.anchors = anchors;
+        given_up
+    };
+    if let Some(given_up) = given_up {
+        // No number of the history that is given up is used again.
+        last.root.ino_limit = last.root.ino_limit.max(given_up.ino_limit);
     }
     let sweep = match options.read_only {
         true => None,
@@ -323,6 +343,12 @@ pub(crate) fn open_core(
     });
     core.serve(Domain::FIRST)?.directory(Ino::ROOT)?;
     core.open_domains()?;
+    if given_up.is_some() && !options.read_only {
+        tracing::warn!(
+            "the volume was put back, or is a copy, which its user accepts: its history begins anew"
+        );
+        core.take_in_restored()?;
+    }
     if let Some(domain) = core.verify_first()? {
         return Err(OpenError::NotAsWritten(domain));
     }
@@ -495,6 +521,7 @@ fn make(dir: &Path, params: &CreateParams, service: &dyn KeyService, volume: [u8
     let sealed = SealRecord {
         durable_seq: durable.0,
         kms: Some(service.position()),
+        anchors: Anchors::default(),
     };
     seal::write(dir, &keys, sealed)?;
     // Last, so that a directory with a superblock is a whole volume.

@@ -6,7 +6,7 @@ use super::commit::Seq;
 use super::error::{Error, Result};
 use super::format::root::SealRecord;
 use super::keys::DomainKeys;
-use super::keyservice::Position;
+use super::keyservice::{Anchor, Position};
 use super::slots::sync_dir;
 use super::sync::{Mutex, rank};
 use std::fs::File;
@@ -18,22 +18,27 @@ pub(crate) const NEW_NAME: &str = "seal.new";
 /// Longest seal file that is read.
 const LENGTH_MAX: u64 = 4096;
 
-/// Writes the seal file if the log has reached further than it says, or the KMS took something away since; `sealed`
-/// remembers what it says.
+/// Writes the seal file if the log has reached further than it says, or the KMS took something away since, or there is an `anchor`
+/// to be told; `sealed` remembers what it says.
 pub(crate) fn advance(
     dir: &Path,
     keys: &DomainKeys,
     durable: Seq,
     kms: Position,
+    anchor: Option<Anchor>,
     sealed: &Mutex<SealRecord, rank::SealFile>,
 ) -> Result<()> {
     let mut sealed = sealed.lock();
     let next = SealRecord {
         durable_seq: durable.0.max(sealed.durable_seq),
         kms: Some(kms),
+        anchors: sealed.anchors.proposing(anchor),
     };
     let restrictive = |kms: Position| (kms.epoch, kms.state_seq);
-    if next.durable_seq > sealed.durable_seq || next.kms.map(restrictive) != sealed.kms.map(restrictive) {
+    if next.durable_seq > sealed.durable_seq
+        || next.kms.map(restrictive) != sealed.kms.map(restrictive)
+        || next.anchors != sealed.anchors
+    {
         write(dir, keys, next)?;
         *sealed = next;
     }

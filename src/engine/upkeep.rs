@@ -151,6 +151,10 @@ fn fetch(core: &Core, jobs: &Receiver<Fetch>) {
                 let access = core.serve(domain);
                 access.and_then(|access| access.refill_nursery_ahead())
             }
+            Fetch::Anchor => {
+                core.tell_anchor();
+                Ok(())
+            }
             Fetch::Report(domain) => {
                 if let Ok(domain) = core.domains.get(domain) {
                     core.report(domain);
@@ -248,14 +252,21 @@ impl Core {
 
     /// Makes the log durable, and notes how far it reached.
     fn sync_and_seal(&self) -> Result<()> {
+        let root = self.committer.root();
         self.committer.sync_to(self.committer.committed())?;
         let access = self.drain(Domain::FIRST)?;
         let kms = self.domains.first().keyring.position();
         let keys = access.keys_of(Domain::FIRST)?;
-        match seal::advance(&self.dir, keys, self.committer.durable(), kms, &self.sealed) {
+        let anchor = self.anchor_candidate(keys, &root);
+        let durable = self.committer.durable();
+        match seal::advance(&self.dir, keys, durable, kms, anchor, &self.sealed) {
             // It says less than it might; what it vouches for is in the log.
             Err(error) if error.is_no_room() => tracing::warn!(%error, "the seal file stays behind"),
             sealed => sealed?,
+        }
+        drop(access);
+        if self.sealed.lock().anchors.outstanding().is_some() {
+            self.fetch_ahead(Fetch::Anchor);
         }
         Ok(())
     }

@@ -118,6 +118,12 @@ impl Trust {
         self.is_lost.load(Ordering::Acquire)
     }
 
+    /// Notes that they are not; there is nothing more to verify.
+    pub(crate) fn lose(&self) {
+        self.is_lost.store(true, Ordering::Release);
+        self.set(Verification::Differs { findings: 1 });
+    }
+
     pub(crate) fn verification(&self) -> Verification {
         let state = *self.state.lock();
         match state {

@@ -34,6 +34,10 @@ pub struct Options {
     pub drain_max: Duration,
     /// Mount though the KMS knows less than it once did: its keystore was put back on purpose.
     pub accept_kms_restore: bool,
+    /// Have the KMS know how far the volume has come, and refuse one that has come less far.
+    pub anchor: bool,
+    /// Mount though the volume has come less far than the KMS knows, or elsewhere: it was put back on purpose.
+    pub accept_restore: bool,
     /// When what storage holds is compared with what was last written.
     pub verify: Verify,
     /// Memory for RocksDB's block cache and memtables together, in bytes.
@@ -54,6 +58,8 @@ impl Default for Options {
             key_poll_interval: Duration::from_secs(1),
             drain_max: Duration::from_secs(5),
             accept_kms_restore: false,
+            anchor: true,
+            accept_restore: false,
             verify: Verify::default(),
             block_cache_bytes: 128 << 20,
             dek_cache_entries_max: 32_768,
@@ -185,6 +191,9 @@ impl Volume {
             true => Ok(()),
             false => self.core.put_away(),
         };
+        if put_away.is_ok() && !self.core.options.read_only {
+            self.core.tell_anchor();
+        }
         self.stop_watches();
         put_away?;
         match self.core.options.read_only || self.core.is_unswept.load(Ordering::Acquire) {

@@ -3,6 +3,7 @@
 // clippy.toml permits these in functions marked #[test] alone; here everything is a test, or helps one.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
+mod anchor;
 mod check;
 mod corruption;
 mod crash;

@@ -1,16 +1,16 @@
 //! A KMS in memory and a clock that tests move by hand.
 
 use cmkfs::engine::{
-    CheckOptions, Clock, Cookie, CreateParams, Dependants, Domain, Error, Fault, FileKind, Ino, IssuedKey,
-    KeyContext, KeyError, KeyService, NewNode, OpenError, Options, Position, Renewal, Report, Taken,
-    Timestamp, Volume,
+    Anchor, CheckOptions, Clock, Cookie, CreateParams, Dependants, Domain, Error, Fault, FileKind, Ino,
+    IssuedKey, KeyContext, KeyError, KeyService, NewNode, OpenError, Options, Position, Renewal, Report,
+    Taken, Timestamp, Volume,
 };
 use kms_crypto::{KeySalt, Label, NONCE_LEN, Nonce, NonceSource, Sealer, SecretKey, TAG_LEN, Tag, derive};
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -44,6 +44,9 @@ pub struct FakeKms {
     others: Mutex<BTreeMap<Domain, Arc<FakeKms>>>,
     at_position: Mutex<Option<Hook>>,
     has_ended: AtomicBool,
+    /// Most tests open copies of a volume as if nobody knew.
+    keeps_anchors: AtomicBool,
+    anchor: Mutex<Option<Anchor>>,
 }
 
 impl FakeKms {
@@ -70,6 +73,8 @@ impl FakeKms {
             others: Mutex::default(),
             at_position: Mutex::default(),
             has_ended: AtomicBool::new(false),
+            keeps_anchors: AtomicBool::new(false),
+            anchor: Mutex::default(),
         }
     }
 
@@ -99,6 +104,16 @@ impl FakeKms {
     /// Has something done when it is next asked how far it has come, as it is whenever the seal file is written.
     pub fn at_position(&self, hook: impl FnOnce(&Self) + Send + 'static) {
         *self.at_position.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// Has it keep anchors from now on: copies of a volume are told apart.
+    pub fn keep_anchors(&self) {
+        self.keeps_anchors.store(true, Ordering::SeqCst);
+    }
+
+    /// The anchor that it has, which may be set.
+    pub fn anchor(&self) -> MutexGuard<'_, Option<Anchor>> {
+        self.anchor.lock().unwrap()
     }
 
     /// Whether it was given up.
@@ -239,6 +254,33 @@ impl KeyService for FakeKms {
 
     fn report(&self, dependants: Dependants) -> Result<(), KeyError> {
         *self.reported.lock().unwrap() = Some(dependants);
+        Ok(())
+    }
+
+    fn anchor(&self) -> Result<Option<Anchor>, KeyError> {
+        self.check()?;
+        Ok(*FakeKms::anchor(self))
+    }
+
+    fn advance_anchor(&self, from: Option<Anchor>, to: Anchor) -> Result<(), KeyError> {
+        self.check()?;
+        if !self.keeps_anchors.load(Ordering::SeqCst) {
+            return Err(KeyError::Other("it keeps no anchors".to_owned()));
+        }
+        let mut stored = FakeKms::anchor(self);
+        if *stored == Some(to) {
+            return Ok(());
+        }
+        if *stored != from || stored.is_some_and(|stored| stored.commit_seq >= to.commit_seq) {
+            return Err(KeyError::AnchorConflict);
+        }
+        *stored = Some(to);
+        Ok(())
+    }
+
+    fn accept_restore(&self, to: Anchor) -> Result<(), KeyError> {
+        self.check()?;
+        *FakeKms::anchor(self) = Some(to);
         Ok(())
     }
 

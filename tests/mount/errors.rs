@@ -79,11 +79,11 @@ fn a_volume_of_a_later_version_is_not_mounted() {
     let world = World::unmounted();
     let superblock = world.volume().join("superblock");
     let mut bytes = fs::read(&superblock).unwrap();
-    bytes[8..12].copy_from_slice(&2_u32.to_be_bytes());
+    bytes[8..12].copy_from_slice(&3_u32.to_be_bytes());
     fs::write(&superblock, bytes).unwrap();
     let said = mount_fails(&world, &world.volume(), &world.mnt());
     assert!(
-        said.contains("version 2") && said.contains("newer cmkfs"),
+        said.contains("version 3") && said.contains("newer cmkfs"),
         "{said}"
     );
 }

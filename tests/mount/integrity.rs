@@ -90,3 +90,76 @@ fn a_record_put_back_is_told_and_the_volume_takes_no_changes_until_it_is_accepte
     );
     fs::write(world.at("new"), b"new").unwrap();
 }
+
+fn copy_volume(world: &World, name: &str) -> String {
+    let to = world.path(name);
+    let copied = std::process::Command::new("cp")
+        .arg("-a")
+        .args([world.volume(), to.clone()])
+        .status()
+        .unwrap();
+    assert!(copied.success());
+    to.to_str().unwrap().to_owned()
+}
+
+fn put_back(world: &World, copy: &str) {
+    fs::remove_dir_all(world.volume()).unwrap();
+    fs::rename(copy, world.volume()).unwrap();
+}
+
+#[test]
+fn a_volume_put_back_as_a_whole_is_refused_until_it_is_taken_in_and_kmsd_records_that() {
+    let mut world = World::without_volume();
+    world.create_volume();
+    world.mount(&[]);
+    fs::write(world.at("kept"), b"kept").unwrap();
+    world.unmount();
+    let old = copy_volume(&world, "old");
+    world.mount(&[]);
+    fs::write(world.at("lost"), b"lost").unwrap();
+    world.unmount();
+    let new = copy_volume(&world, "new");
+    put_back(&world, &old);
+    let (volume, mnt) = (world.volume(), world.mnt());
+    let (volume, mnt) = (volume.to_str().unwrap(), mnt.to_str().unwrap());
+    let mount = |world: &World| {
+        let refused = world.cmkfs(&["mount", volume, mnt]);
+        assert!(!refused.status.success() && !world.is_mounted());
+        String::from_utf8_lossy(&refused.stderr).into_owned()
+    };
+    let said = mount(&world);
+    assert!(
+        said.contains("older than its last known state") && said.contains("operations missing"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1);
+    // It can be looked at all the same.
+    assert_eq!(world.cmkfs(&["fsck", volume]).status.code(), Some(0));
+
+    world.mount(&["--accept-restore"]);
+    assert_eq!(fs::read(world.at("kept")).unwrap(), b"kept");
+    assert!(!world.at("lost").exists());
+    fs::write(world.at("after"), b"after").unwrap();
+    // A kmsd that was started anew knows it, and the mount goes on telling.
+    world.stop_kmsd(libc::SIGKILL);
+    world.start_kmsd();
+    eventually("the mount is live again", || {
+        fs::write(world.at("more"), b"more").is_ok()
+    });
+    world.unmount();
+    world.mount(&[]);
+    assert_eq!(fs::read(world.at("after")).unwrap(), b"after");
+    world.unmount();
+    let log = fs::read(world.keystore().join("audit.log")).unwrap();
+    let name = b"AcceptRestore";
+    assert!(log.windows(name.len()).any(|window| window == name));
+
+    // What was the volume before is none any more.
+    put_back(&world, &new);
+    let said = mount(&world);
+    assert!(
+        said.contains("older than its last known state")
+            || said.contains("is not the one that was mounted last"),
+        "{said}"
+    );
+}

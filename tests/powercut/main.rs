@@ -19,14 +19,18 @@ use disk::{Disk, Image};
 use machine::{Daemon, Machine};
 use oracle::{History, Violation};
 use random::Random;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |value| value.parse().unwrap())
 }
 
+/// A child that is about to run a program has for a moment everything that another test has open, and keeps it from being unmounted.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 #[test]
 fn what_was_acknowledged_survives_a_power_cut() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     assert!(
         rustix::process::geteuid().is_root(),
         "this test attaches loop devices and mounts: run it as root"
@@ -78,6 +82,7 @@ fn what_was_acknowledged_survives_a_power_cut() {
 
 #[test]
 fn what_was_acknowledged_survives_the_death_of_a_daemon() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     assert!(
         rustix::process::geteuid().is_root(),
         "this test attaches loop devices and mounts: run it as root"

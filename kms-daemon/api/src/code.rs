@@ -64,6 +64,8 @@ codes! {
     LimitExceeded = "Rejected.LimitExceeded", 409, ResourceExhausted;
     /// No such session of this caller: it was closed, it lapsed, or kmsd was started anew. Open another.
     SessionNotFound = "Rejected.SessionNotFound", 404, NotFound;
+    /// The anchor of the volume's key domain is another than the caller knows.
+    AnchorConflict = "Rejected.AnchorConflict", 409, Aborted;
     /// The key is revoked, but not every holder of its data keys is known to have dropped them.
     RevocationIncomplete = "RevocationIncomplete", 409, Aborted;
     /// The call could not be recorded durably, or the daemon is stopping: nothing was done.

@@ -25,6 +25,8 @@ pub const BATCH_ITEMS_MAX: usize = 256;
 
 /// Bytes of a volume's location in a report of what depends on a key, at most.
 pub const LOCATION_BYTES_MAX: usize = 4096;
+/// Length of what stands for a domain's root in its anchor, in bytes.
+pub const ANCHOR_MAC_LEN: usize = 32;
 
 /// Bytes of one message on the wire, at most, in both directions.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;

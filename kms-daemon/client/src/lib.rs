@@ -4,11 +4,13 @@
 //! thread, inside a runtime or out. It reconnects by itself after kmsd was restarted. Sessions do not outlive kmsd:
 //! a call then answers [`Code::SessionNotFound`], and the caller opens another.
 
+mod anchor;
 mod connection;
 mod ledger;
 mod session;
 mod side;
 
+pub use anchor::Anchor;
 pub use connection::ClientError;
 pub use kms_api::{Code, EncryptionContext, KmsError, proto, socket_path};
 pub use ledger::Ledger;

@@ -1,5 +1,6 @@
 //! A filesystem session: data keys, issued and opened under a lease.
 
+use crate::anchor::Anchor;
 use crate::connection::{ClientError, Connection};
 use kms_api::proto::{self, filesystem_keys_client::FilesystemKeysClient};
 use kms_api::session::{Binding, KeyPair, Operation, REQUEST_RANDOM_LEN, Role, SessionError, SessionKey};
@@ -303,6 +304,51 @@ impl Session {
         self.connection.call_repeatably(|channel| {
             let request = request.clone();
             async move { FilesystemKeysClient::new(channel).report_usage(request).await }
+        })?;
+        Ok(())
+    }
+
+    /// How far this session's domain of its volume is known to have come; none if that was never told.
+    ///
+    /// # Errors
+    /// `Rejected.SessionNotFound`, `Forbidden.NoPermission` before the domain's volume key was asked for, as [`ClientError::Kms`].
+    pub fn anchor(&self) -> Result<Option<Anchor>, ClientError> {
+        let answer = self.connection.call_repeatably(|channel| {
+            let request = proto::GetAnchorRequest {
+                session_id: self.key.id().to_vec(),
+            };
+            async move { FilesystemKeysClient::new(channel).get_anchor(request).await }
+        })?;
+        answer.anchor.map(Anchor::of_message).transpose()
+    }
+
+    /// Tells how far it has come since it was `from`. Repeated, it changes nothing.
+    ///
+    /// # Errors
+    /// `Rejected.AnchorConflict` if kmsd knows another than `from`; those of [`Self::anchor`].
+    pub fn advance_anchor(&self, from: Option<&Anchor>, to: &Anchor) -> Result<(), ClientError> {
+        self.connection.call_repeatably(|channel| {
+            let request = proto::AdvanceAnchorRequest {
+                session_id: self.key.id().to_vec(),
+                from: from.map(|from| from.to_message()),
+                to: Some(to.to_message()),
+            };
+            async move { FilesystemKeysClient::new(channel).advance_anchor(request).await }
+        })?;
+        Ok(())
+    }
+
+    /// Has a volume taken in that was put back on purpose: from now on it has come as far as `to`.
+    ///
+    /// # Errors
+    /// Those of [`Self::anchor`].
+    pub fn accept_restore(&self, to: &Anchor) -> Result<(), ClientError> {
+        self.connection.call_repeatably(|channel| {
+            let request = proto::AcceptRestoreRequest {
+                session_id: self.key.id().to_vec(),
+                to: Some(to.to_message()),
+            };
+            async move { FilesystemKeysClient::new(channel).accept_restore(request).await }
         })?;
         Ok(())
     }

@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+/// Formats that are known. The second adds sums behind what is read here.
+const VERSIONS: [u32; 2] = [1, 2];
 const BLOCK: usize = 4096;
 const CHUNK_BLOCKS: usize = 32;
 const ROOT_INODE: u64 = 1;
@@ -198,7 +200,7 @@ impl Volume {
 impl Superblock {
     fn parse(bytes: &[u8]) -> Option<Self> {
         let mut input = Input(bytes);
-        if input.take(8)? != b"cmkfsvol" || input.u32()? != 1 {
+        if input.take(8)? != b"cmkfsvol" || !VERSIONS.contains(&input.u32()?) {
             return None;
         }
         let id = input.take(16)?.try_into().ok()?;

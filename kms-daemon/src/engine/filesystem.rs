@@ -133,6 +133,9 @@ impl Engine {
             .iter()
             .map(|outcome| data_key(outcome).map(Some))
             .collect::<Result<Vec<_>, _>>()?;
+        for context in contexts {
+            session.note_volume_key(context);
+        }
         let wrapped: Vec<Vec<u8>> = outcomes.into_iter().map(|outcome| outcome.blob).collect();
         let blobs: Vec<&[u8]> = wrapped.iter().map(Vec::as_slice).collect();
         let sealed = self.seal_answer(&session, Operation::Issue, request_random, &blobs, &keys)?;
@@ -164,7 +167,10 @@ impl Engine {
         self.register(&session, &opened.map(|outcome| outcome.key_id).collect())?;
         let mut results = Vec::with_capacity(outcomes.len());
         let mut keys = Vec::with_capacity(outcomes.len());
-        for outcome in outcomes {
+        for (outcome, (context, _)) in outcomes.into_iter().zip(items) {
+            if outcome.is_ok() {
+                session.note_volume_key(context);
+            }
             // A blob whose plaintext is no 256-bit key was made for something else.
             let opened = outcome.and_then(|outcome| data_key(&outcome).map_err(|_| undecipherable()));
             results.push(opened.as_ref().map(|_| ()).map_err(Clone::clone));

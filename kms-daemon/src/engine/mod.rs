@@ -1,16 +1,19 @@
 //! The rules of the KMS. It knows neither gRPC nor sockets; adapters hand it a [`Call`] and get an answer.
 //!
 //! Every call goes through [`Engine::run`], which writes its audit record before the answer leaves. Locks are taken in
-//! this order: a key's turn (`holders`) or `reports`, aliases, one key's state (several: in the order of their ids), the manifest, then
+//! this order: a key's turn (`holders`), `reports` or `anchors`, aliases, one key's state (several: in the order of their ids), the manifest, then
 //! leaves, of which none is held while another is taken: the observed time, the cached materials, the offers of import, the
 //! sessions, the store's own. A session's `clearing` is
 //! taken under a key's turn alone, its `row` under `clearing`, a key's read lock or the manifest, and leaves under that. Whoever writes
-//! a row of a key, of a holder or of what depends on a key holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so
+//! a row of a key, of a holder, of an anchor or of what depends on a key holds the manifest, and the ratchet holds it from its first step to the end of its fourth, so
 //! every change waits for that, and none is left behind in an epoch that is over; the keys that die are locked from before their intent is recorded until they are Destroyed. A call that uses a
 //! key holds the key's read lock until its record is durable, and a change of state holds the write lock: so no call that
 //! begins after DisableKey has returned succeeds, and none that succeeded is still unrecorded.
 
 mod aliases;
+#[cfg(test)]
+mod anchor_tests;
+mod anchors;
 mod call;
 mod clearing;
 mod cryptography;
@@ -41,6 +44,7 @@ pub use call::{Call, Principal, Trail};
 pub use keys::NewKey;
 pub use open::{NewKeystore, OpenError, Placement};
 
+pub(crate) use anchors::{Anchor, Move};
 pub(crate) use cryptography::{Action, Outcome, Release, Request};
 pub(crate) use dependants::{Dependant, Usage};
 pub(crate) use filesystem::{Asked, Watched};
@@ -125,6 +129,8 @@ pub struct Engine {
     sessions: Sessions,
     turns: Turns,
     reports: Reports,
+    /// Taken by whoever moves an anchor, over what it reads and what it writes.
+    anchors: Mutex<()>,
     boot_id: String,
     session_nonces: NonceSource,
     refusals: Refusals,

@@ -297,6 +297,7 @@ impl Engine {
             sessions,
             turns: super::Turns::default(),
             reports: super::Reports::default(),
+            anchors: parking_lot::Mutex::default(),
             boot_id,
             session_nonces: NonceSource::new()?,
             refusals: super::Refusals::default(),

@@ -45,6 +45,8 @@ pub(super) struct Session {
     pub(super) row: Mutex<()>,
     /// Held by whoever makes it let go.
     pub(super) clearing: Mutex<()>,
+    /// Whether it was given the volume key of the domain that it serves.
+    has_volume_key: AtomicBool,
     /// Up to which epoch it was made to let go.
     cleared_epoch: AtomicU64,
     is_over: AtomicBool,
@@ -126,6 +128,7 @@ impl Session {
             mount: Mutex::default(),
             row: Mutex::default(),
             clearing: Mutex::default(),
+            has_volume_key: AtomicBool::new(false),
             cleared_epoch: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
             over: Arc::default(),
@@ -174,6 +177,22 @@ impl Session {
 
     pub(super) fn uses(&self, id: Uuid) -> bool {
         self.used.lock().contains(&id)
+    }
+
+    /// Notes that it was given the volume key of the domain that it serves.
+    pub(super) fn note_volume_key(&self, context: &BTreeMap<String, String>) {
+        let is = |name: &str, value: &str| context.get(name).is_some_and(|found| found == value);
+        let (volume, domain) = (
+            self.facts.volume.simple().to_string(),
+            self.facts.domain.to_string(),
+        );
+        if is("purpose", "vk") && is("volume", &volume) && is("domain", &domain) {
+            self.has_volume_key.store(true, Ordering::Release);
+        }
+    }
+
+    pub(super) fn has_volume_key(&self) -> bool {
+        self.has_volume_key.load(Ordering::Acquire)
     }
 
     pub(super) fn mount(&self) -> Mount {

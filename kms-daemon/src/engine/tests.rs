@@ -40,6 +40,10 @@ pub(super) fn engine(home: &Path) -> Engine {
         account: "1".to_owned(),
     };
     Engine::init(home, &placement, &crate::SystemClock).unwrap();
+    reopened(home)
+}
+
+pub(super) fn reopened(home: &Path) -> Engine {
     Engine::open(home, clock()).unwrap()
 }
 

@@ -2,7 +2,7 @@
 
 use super::Gate;
 use super::exit::watch_exit;
-use crate::engine::{Asked, Call, Engine, KeyEvent, Trail, Usage, Watched};
+use crate::engine::{Anchor, Asked, Call, Engine, KeyEvent, Move, Trail, Usage, Watched};
 use kms_api::proto::{self, filesystem_keys_server::FilesystemKeys};
 use kms_api::{Code, KmsError};
 use std::sync::Arc;
@@ -176,6 +176,46 @@ impl FilesystemKeys for FilesystemService {
         self.0.serve_with("ReportUsage", request, handler).await
     }
 
+    async fn get_anchor(
+        &self,
+        request: Request<proto::GetAnchorRequest>,
+    ) -> Answer<proto::GetAnchorResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::GetAnchorRequest| {
+            let found = engine.get_anchor(call, &request.session_id);
+            engine.count_unaudited(call, found.is_ok());
+            Ok(proto::GetAnchorResponse {
+                anchor: found?.map(anchor_message),
+            })
+        };
+        self.0.serve_with("GetAnchor", request, handler).await
+    }
+
+    async fn advance_anchor(
+        &self,
+        request: Request<proto::AdvanceAnchorRequest>,
+    ) -> Answer<proto::AdvanceAnchorResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::AdvanceAnchorRequest| {
+            let from = request.from.map(anchor);
+            let to = request.to.map(anchor).ok_or_else(no_anchor)?;
+            let moved = engine.move_anchor(call, &request.session_id, Move::From(from.as_ref()), &to);
+            engine.count_unaudited(call, moved.is_ok());
+            moved.map(|()| proto::AdvanceAnchorResponse {})
+        };
+        self.0.serve_with("AdvanceAnchor", request, handler).await
+    }
+
+    async fn accept_restore(
+        &self,
+        request: Request<proto::AcceptRestoreRequest>,
+    ) -> Answer<proto::AcceptRestoreResponse> {
+        let handler = |engine: &Engine, call: &Call, request: proto::AcceptRestoreRequest| {
+            let to = request.to.map(anchor).ok_or_else(no_anchor)?;
+            let moved = engine.move_anchor(call, &request.session_id, Move::Restored, &to);
+            moved.map(|()| proto::AcceptRestoreResponse {})
+        };
+        self.0.serve_with("AcceptRestore", request, handler).await
+    }
+
     async fn close_session(
         &self,
         request: Request<proto::CloseSessionRequest>,
@@ -197,6 +237,26 @@ fn position(engine: &Engine) -> proto::KeystorePosition {
         audit_records: position.audit.records,
         audit_head: position.audit.head,
     }
+}
+
+fn anchor(message: proto::Anchor) -> Anchor {
+    Anchor {
+        commit_seq: message.commit_seq,
+        mac: message.mac,
+        ino_limit: message.ino_limit,
+    }
+}
+
+fn anchor_message(anchor: Anchor) -> proto::Anchor {
+    proto::Anchor {
+        commit_seq: anchor.commit_seq,
+        mac: anchor.mac,
+        ino_limit: anchor.ino_limit,
+    }
+}
+
+fn no_anchor() -> KmsError {
+    KmsError::invalid("To", "is missing")
 }
 
 /// Carries the changes that concern one session to its watcher.

@@ -116,6 +116,10 @@ struct MountArguments {
     /// the default, before anything is served, or never).
     #[arg(short = 'o', value_name = "OPTIONS", verbatim_doc_comment)]
     options: Vec<String>,
+    /// Take in a volume that was put back on purpose, from a backup, or a copy of one, though kmsd knows that it had come further,
+    /// or went on elsewhere. kmsd records it.
+    #[arg(long)]
+    accept_restore: bool,
     /// Stay in the foreground, and log to the standard error output.
     #[arg(long)]
     foreground: bool,
@@ -260,6 +264,7 @@ fn key_failure(error: &KeyError, socket: &Path) -> Failure {
             may give out keys that were revoked or destroyed since. Put the true keystore back; '-o accept_kms_restore' mounts \
             all the same"
             .to_owned(),
+        KeyError::AnchorConflict => "kmsd knows of another history of this volume".to_owned(),
         KeyError::BadBlob => {
             "the volume's key does not open: the superblock was changed, or kmsd has another key of that name"
                 .to_owned()
@@ -318,6 +323,11 @@ fn open_failure(error: &OpenError, volume: &Path, socket: &Path) -> Failure {
         }
         OpenError::FutureFormat { found, known } => format!(
             "{} has format version {found}, this program knows versions up to {known}: use a newer cmkfs",
+            volume.display()
+        ),
+        OpenError::Older(_) | OpenError::Forked => format!(
+            "{}: {error}. Mount the latest; if this one was put back on purpose, '--accept-restore' takes it in, and the other is \
+             refused from then on",
             volume.display()
         ),
         OpenError::NotAsWritten(_) => format!(

@@ -61,7 +61,8 @@ pub(super) fn run(arguments: &MountArguments, socket: &Path) -> Result<(), Failu
 }
 
 fn plan(arguments: &MountArguments, socket: &Path) -> Result<Plan, Failure> {
-    let options = parse(&arguments.options, rustix::process::geteuid().is_root())?;
+    let mut options = parse(&arguments.options, rustix::process::geteuid().is_root())?;
+    options.engine.accept_restore = arguments.accept_restore;
     let volume = existing_directory(&arguments.volume, "volume")?;
     let mountpoint = existing_directory(&arguments.mountpoint, "mount point")?;
     if mountpoint.starts_with(&volume) || volume.starts_with(&mountpoint) {

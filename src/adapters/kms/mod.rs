@@ -56,6 +56,7 @@ fn refusal(error: &KmsError) -> KeyError {
         Code::Disabled | Code::PendingDeletion => KeyError::Revoked,
         Code::KeyNotFound | Code::PendingImport => KeyError::Erased,
         Code::NoPermission => KeyError::Denied,
+        Code::AnchorConflict => KeyError::AnchorConflict,
         Code::ServiceUnavailable | Code::Throttling => KeyError::Unreachable(error.to_string()),
         _ => KeyError::Other(error.to_string()),
     }

@@ -3,7 +3,7 @@
 use super::mounting::{Ledgers, MountHandles, Mounting, Ring, Watcher, Watching};
 use super::{connect, is_unknown_session, key_error, refusal_of_blob};
 use crate::engine::{
-    Dependants, Domain, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal,
+    Anchor, Dependants, Domain, InodeLedger, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal,
 };
 use kms_client::{Client, ClientError, EncryptionContext, KeyState, Ledger, Session, Usage};
 use kms_crypto::SecretKey;
@@ -369,8 +369,34 @@ impl KeyService for SessionKeys {
         })
     }
 
+    fn anchor(&self) -> Result<Option<Anchor>, KeyError> {
+        let found = self.call(|session| session.anchor())?;
+        Ok(found.map(|found| Anchor {
+            commit_seq: found.commit_seq,
+            mac: found.mac,
+            ino_limit: found.ino_limit,
+        }))
+    }
+
+    fn advance_anchor(&self, from: Option<Anchor>, to: Anchor) -> Result<(), KeyError> {
+        let (from, to) = (from.map(anchor_for_kmsd), anchor_for_kmsd(to));
+        self.call(|session| session.advance_anchor(from.as_ref(), &to))
+    }
+
+    fn accept_restore(&self, to: Anchor) -> Result<(), KeyError> {
+        self.call(|session| session.accept_restore(&anchor_for_kmsd(to)))
+    }
+
     fn refuse(&self, refusing: bool) {
         self.client.refuse(refusing);
+    }
+}
+
+fn anchor_for_kmsd(anchor: Anchor) -> kms_client::Anchor {
+    kms_client::Anchor {
+        commit_seq: anchor.commit_seq,
+        mac: anchor.mac,
+        ino_limit: anchor.ino_limit,
     }
 }
 

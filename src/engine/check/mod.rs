@@ -59,6 +59,8 @@ impl Volume {
             read_only: !options.repair,
             // It does that itself.
             verify: Verify::Off,
+            // An older volume is to be checked, too, and a repair is told of by the next mount.
+            anchor: false,
             ..Options::default()
         };
         let writing = match options.repair {

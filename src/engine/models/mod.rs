@@ -9,7 +9,7 @@ mod commit;
 mod keyring;
 mod slots;
 
-use super::keyservice::{Dependants, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal};
+use super::keyservice::{Anchor, Dependants, IssuedKey, KeyContext, KeyError, KeyService, Position, Renewal};
 use super::types::Domain;
 use kms_crypto::SecretKey;
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
@@ -118,6 +118,18 @@ impl KeyService for Kms {
     }
 
     fn report(&self, _: Dependants) -> Result<(), KeyError> {
+        Ok(())
+    }
+
+    fn anchor(&self) -> Result<Option<Anchor>, KeyError> {
+        Ok(None)
+    }
+
+    fn advance_anchor(&self, _: Option<Anchor>, _: Anchor) -> Result<(), KeyError> {
+        Ok(())
+    }
+
+    fn accept_restore(&self, _: Anchor) -> Result<(), KeyError> {
         Ok(())
     }
 
