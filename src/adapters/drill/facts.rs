@@ -8,8 +8,9 @@ use kms_client::proto::{GetKeystoreInfoResponse, KeyMetadata};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-pub(super) const ALWAYS_ENCRYPTED: &str = "Data was encrypted before it first reached the host's storage, and at no time written \
-    otherwise: AES-256-GCM-SIV under a key for each file, wrapped by the customer master key (docs/format.md)";
+pub(super) const ALWAYS_ENCRYPTED: &str = "By the design of cmkfs data is encrypted before it first reaches the host's storage: \
+    AES-256-GCM-SIV under a key for each file, wrapped by the customer master key (docs/format.md). That it was never written otherwise \
+    was not tested";
 pub(super) const ALGORITHMS: &str = "AES-256-GCM-SIV (RFC 8452), HKDF-SHA-256 (RFC 5869), HMAC-SHA-256. AES-GCM-SIV is not a \
     NIST-approved mode of operation, and this module is not validated (FIPS 140-3): neither must be claimed";
 pub(super) const UNKNOWN_COPIES: &str = "unknown copies are not covered";
@@ -84,7 +85,7 @@ pub(super) fn of_run(request: &Request) -> Map<String, Value> {
         "title": "DRILL REPORT",
         "mode": mode,
         "nonce": request.nonce.text(),
-        "nonce_origin": if request.is_challenge { "chosen by the verifier" } else { "drawn by the drill itself" },
+        "nonce_origin": if request.is_challenge { "given by the operator" } else { "drawn by the drill itself" },
         "operator": request.operator,
         "witness": witness(request.witness.as_deref()),
         "host": host(),

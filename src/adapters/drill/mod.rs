@@ -61,9 +61,9 @@ pub struct LiveVolume {
 pub struct Request {
     /// What to drill on.
     pub subject: Subject,
-    /// The challenge, and whether a verifier chose it.
+    /// The challenge.
     pub nonce: Nonce,
-    /// Whether a verifier did.
+    /// Whether it was given, and not drawn by the drill itself.
     pub is_challenge: bool,
     /// Bytes of the large file.
     pub large_bytes: u64,
