@@ -2,12 +2,18 @@
 
 use crate::program::program;
 use crate::world::{World, errno, eventually};
-use cmkfs::adapters::drill::document::Kind;
+use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OaepPublicEncryptingKey, PublicEncryptingKey};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use cmkfs::adapters::drill::document::{Kind, Outcome};
+use cmkfs::adapters::drill::record::uses;
 use cmkfs::adapters::drill::sign::PublicKey;
 use cmkfs::adapters::drill::verify::verify;
+use kms_client::Client;
 use serde_json::Value;
 use std::fs;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 const NONCE: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 const EIGHT_DAYS_S: &str = "691200";
@@ -49,6 +55,34 @@ fn destroy(world: &World, key: &str) {
         .kmsctl(&["advance-clock", "--seconds", EIGHT_DAYS_S])
         .unwrap();
     assert_eq!(world.state_of_key(key), "Destroyed");
+}
+
+/// A key whose material is to be imported.
+fn external(world: &World) -> String {
+    let made = world.kmsctl(&["create-key", "--origin", "EXTERNAL"]).unwrap();
+    made["KeyMetadata"]["KeyId"].as_str().unwrap().to_owned()
+}
+
+fn import(world: &World, key: &str) {
+    let offered = world
+        .kmsctl(&["get-parameters-for-import", "--key-id", key])
+        .unwrap();
+    let text = |name: &str| offered[name].as_str().unwrap();
+    let public = BASE64_STANDARD.decode(text("PublicKey")).unwrap();
+    let public = OaepPublicEncryptingKey::new(PublicEncryptingKey::from_der(&public).unwrap()).unwrap();
+    let mut wrapped = vec![0; public.ciphertext_size()];
+    public
+        .encrypt(&OAEP_SHA256_MGF1SHA256, &[0x5a; 32], &mut wrapped, None)
+        .unwrap();
+    let wrapped = BASE64_STANDARD.encode(&wrapped);
+    let mut arguments = vec!["import-key-material", "--key-id", key];
+    arguments.extend([
+        "--encrypted-key-material",
+        &wrapped,
+        "--import-token",
+        text("ImportToken"),
+    ]);
+    world.kmsctl(&arguments).unwrap();
 }
 
 fn record(world: &World, key: &str, more: &[&str]) -> Output {
@@ -206,9 +240,8 @@ fn there_is_no_record_of_a_key_in_any_other_state() {
     assert_refused(&world, &record(&key), "is Disabled");
     schedule(&world, &key);
     assert_refused(&world, &record(&key), "is PendingDeletion");
-    let made = world.kmsctl(&["create-key", "--origin", "EXTERNAL"]).unwrap();
-    let external = made["KeyMetadata"]["KeyId"].as_str().unwrap();
-    assert_refused(&world, &record(external), "is PendingImport");
+    let external = external(&world);
+    assert_refused(&world, &record(&external), "is PendingImport");
     for unknown in ["alias/nobody", "00000000-0000-4000-8000-000000000000"] {
         assert_refused(&world, &record(unknown), "Forbidden.KeyNotFound");
     }
@@ -217,12 +250,29 @@ fn there_is_no_record_of_a_key_in_any_other_state() {
 #[test]
 fn of_an_external_key_the_record_says_that_our_copy_is_removed() {
     let world = world();
-    let made = world.kmsctl(&["create-key", "--origin", "EXTERNAL"]).unwrap();
-    let external = made["KeyMetadata"]["KeyId"].as_str().unwrap();
-    destroy(&world, external);
+    let external = external(&world);
+    import(&world, &external);
+    let delete = ["delete-key-material", "--key-id", &external];
+    world.kmsctl(&delete).unwrap();
+    // It lacks its material a day before its deletion is asked for.
+    world.kmsctl(&["advance-clock", "--seconds", "86400"]).unwrap();
+    destroy(&world, &external);
     let home = world.keystore();
-    let output = record(&world, external, &["--kms-home", home.to_str().unwrap()]);
+    let output = record(&world, &external, &["--kms-home", home.to_str().unwrap()]);
     assert!(output.status.success(), "{}", said(&output));
+    let made = content(&world);
+    for id in [
+        "epoch",
+        "slot-gone",
+        "audit-scheduled",
+        "audit-gone",
+        "audit-unused",
+    ] {
+        assert_eq!(result_of(&made, id), "PASS", "{id}");
+    }
+    assert_eq!(made["method"]["epoch_before"], 1);
+    let date = |name: &str| made["key"][name].as_str().unwrap().to_owned();
+    assert!(date("material_gone") < date("deletion_asked_for") && date("deletion_due") <= date("ended"));
     let found = verified(&world, "r.json", &[]);
     assert!(
         said(&found).starts_with("genuine removal record"),
@@ -250,6 +300,92 @@ fn of_an_external_key_the_record_says_that_our_copy_is_removed() {
 }
 
 #[test]
+fn of_a_key_that_never_had_material_there_is_no_record() {
+    let world = world();
+    let external = external(&world);
+    destroy(&world, &external);
+    let home = world.keystore();
+    let output = record(&world, &external, &["--kms-home", home.to_str().unwrap()]);
+    assert_refused(&world, &output, "no material that the key");
+}
+
+/// What is refused is refused for want of the key, and not whatever is asked.
+#[test]
+fn a_key_that_can_be_used_is_seen_to_be_used() {
+    let world = world();
+    let client = Client::connect(&world.socket(), Duration::from_secs(20)).unwrap();
+    let outcomes = |key: &str| {
+        let key = client.describe_key(key).unwrap();
+        let region = key.arn.split(':').nth(2).unwrap();
+        let checks = uses(&client, &key, region).checks(&key);
+        checks.iter().map(|check| check.outcome).collect::<Vec<_>>()
+    };
+    use Outcome::{Fail, NotTested, Pass};
+    // No blob is at hand that could be decrypted: that it is not is no refusal.
+    assert_eq!(outcomes(&world.key), [Fail, Fail, Fail, NotTested]);
+    world.with_key("disable-key");
+    assert_eq!(outcomes(&world.key), [NotTested; 4]);
+    destroy(&world, &world.key);
+    assert_eq!(outcomes(&world.key), [Pass; 4]);
+}
+
+#[test]
+fn a_slot_that_was_kept_and_a_directory_that_is_no_home_are_no_proof() {
+    let world = world();
+    let key = world.key.clone();
+    let home = world.keystore();
+    let kept = fs::read(home.join("slot-1")).unwrap();
+    destroy(&world, &key);
+    let slot_gone = |home: &std::path::Path| {
+        let output = record(&world, &key, &["--kms-home", home.to_str().unwrap()]);
+        let made = content(&world);
+        let found = verified(&world, "r.json", &[]);
+        assert!(said(&found).starts_with("genuine"), "{}", said(&found));
+        assert_eq!(output.status.code(), found.status.code());
+        result_of(&made, "slot-gone").to_owned()
+    };
+    assert_eq!(slot_gone(&home), "PASS");
+    for name in ["slot-1", "slot-1.bak", "db/kept"] {
+        fs::write(home.join(name), &kept).unwrap();
+        assert_eq!(slot_gone(&home), "FAIL", "{name}");
+        fs::remove_file(home.join(name)).unwrap();
+    }
+    let elsewhere = world.path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::copy(home.join("audit.log"), elsewhere.join("audit.log")).unwrap();
+    // Every attempt to use the key is recorded there, so that the copy ends early.
+    assert_eq!(slot_gone(&elsewhere), "NOT TESTED");
+}
+
+#[test]
+fn a_log_that_was_kept_bears_out_what_a_record_quotes_of_it() {
+    let world = world();
+    let key = world.key.clone();
+    destroy(&world, &key);
+    let home = world.keystore();
+    let output = record(&world, &key, &["--kms-home", home.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", said(&output));
+    let log = home.join("audit.log");
+    let checked = |log: &std::path::Path| verified(&world, "r.json", &["--audit-log", log.to_str().unwrap()]);
+    let found = checked(&log);
+    assert!(
+        found.status.success() && said(&found).contains("has what is quoted"),
+        "{}",
+        said(&found)
+    );
+    // Half of it does not reach the head.
+    let half = world.path("half.log");
+    let bytes = fs::read(&log).unwrap();
+    fs::write(&half, &bytes[..bytes.len() / 2]).unwrap();
+    let refused = checked(&half);
+    assert!(
+        !refused.status.success() && said(&refused).contains("half.log"),
+        "{}",
+        said(&refused)
+    );
+}
+
+#[test]
 fn a_report_and_a_record_are_each_named_as_what_they_are() {
     let world = world();
     let key = world.key.clone();
@@ -260,6 +396,11 @@ fn a_report_and_a_record_are_each_named_as_what_they_are() {
     for id in ["slot-gone", "audit-chain", "audit-gone", "volume-refused"] {
         assert_eq!(result_of(&content(&world), id), "NOT TESTED", "{id}");
     }
+    let stated = content(&world)["statement"].as_str().unwrap().to_owned();
+    assert!(
+        stated.starts_with("kmsd says that") && stated.contains("was not observed"),
+        "{stated}"
+    );
     let refused = verified(&world, "r.json", &["--kind", "drill-report"]);
     assert_eq!(refused.status.code(), Some(1));
     assert!(said(&refused).contains("it is a destruction record, and no drill report"));

@@ -4,8 +4,10 @@ use super::record::{self, RecordArguments};
 use super::{Failure, control, existing_directory, read_superblock};
 use crate::adapters::drill::document::{Check, Kind, Outcome, Overall, sha256, sign};
 use crate::adapters::drill::markers::Nonce;
+use crate::adapters::drill::record::verify::must_be_in_log;
 use crate::adapters::drill::sign::{PublicKey, SigningKey, make_files};
-use crate::adapters::drill::{self, LiveVolume, Progress, Request, Subject, html, verify};
+use crate::adapters::drill::verify::{self, Verified};
+use crate::adapters::drill::{self, LiveVolume, Progress, Request, Subject, html};
 use crate::adapters::fuse;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::Value;
@@ -78,19 +80,7 @@ enum DrillCommand {
     Record(Box<RecordArguments>),
     /// Check a report or a record: what it is, that it was signed with this key, byte for byte, and that it follows from what is
     /// in it.
-    Verify {
-        /// The report, or the record.
-        file: PathBuf,
-        /// The public key that you had before: a file, or 64 hexadecimal digits.
-        #[arg(long, value_name = "PUBKEY")]
-        key: String,
-        /// The challenge that you chose.
-        #[arg(long, value_name = "HEX")]
-        nonce: Option<String>,
-        /// Accept this kind of document alone.
-        #[arg(long, value_name = "KIND")]
-        kind: Option<KindArgument>,
-    },
+    Verify(VerifyArguments),
     /// Make a signing key, and its public key in FILE.pub.
     Keygen {
         /// A new file.
@@ -99,6 +89,25 @@ enum DrillCommand {
     /// The drill's own observer.
     #[command(hide = true)]
     Observe,
+}
+
+#[derive(Debug, Args)]
+struct VerifyArguments {
+    /// The report, or the record.
+    file: PathBuf,
+    /// The public key that you had before: a file, or 64 hexadecimal digits.
+    #[arg(long, value_name = "PUBKEY")]
+    key: String,
+    /// The challenge that you chose.
+    #[arg(long, value_name = "HEX")]
+    nonce: Option<String>,
+    /// Accept this kind of document alone.
+    #[arg(long, value_name = "KIND")]
+    kind: Option<KindArgument>,
+    /// kmsd's audit log, or a copy that somebody kept: it has to have what a record quotes, and nothing else of the key, up to the
+    /// head in the record.
+    #[arg(long, value_name = "FILE")]
+    audit_log: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -134,12 +143,7 @@ pub(super) fn run(arguments: DrillArguments, socket: &Path) -> Result<ExitCode, 
             Ok(ExitCode::SUCCESS)
         }
         Some(DrillCommand::Record(arguments)) => record::run(&arguments, socket),
-        Some(DrillCommand::Verify {
-            file,
-            key,
-            nonce,
-            kind,
-        }) => check(&file, &key, nonce.as_deref(), kind.map(Kind::from)),
+        Some(DrillCommand::Verify(arguments)) => check(&arguments),
         None => hold(&arguments, socket),
     }
 }
@@ -166,9 +170,10 @@ const OF_RECORD: [(&str, &str); 10] = [
     ("erasure", "/erasure_worth"),
 ];
 
-fn check(path: &Path, key: &str, nonce: Option<&str>, kind: Option<Kind>) -> Result<ExitCode, Failure> {
-    let key = PublicKey::read(key)?;
-    let nonce = nonce.map(Nonce::parse).transpose()?;
+fn check(arguments: &VerifyArguments) -> Result<ExitCode, Failure> {
+    let path = &arguments.file;
+    let key = PublicKey::read(&arguments.key)?;
+    let nonce = arguments.nonce.as_deref().map(Nonce::parse).transpose()?;
     let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let length = std::fs::metadata(path).map_err(|error| named(&error))?.len();
     if length > verify::BYTES_MAX {
@@ -176,9 +181,28 @@ fn check(path: &Path, key: &str, nonce: Option<&str>, kind: Option<Kind>) -> Res
     }
     let bytes = std::fs::read(path).map_err(|error| named(&error))?;
     let verified = verify::verify(&bytes, key, nonce).map_err(|error| named(&error))?;
-    if let Some(kind) = kind {
-        verified.must_be(kind).map_err(|error| named(&error))?;
+    if let Some(kind) = arguments.kind {
+        verified.must_be(kind.into()).map_err(|error| named(&error))?;
     }
+    if let Some(log) = &arguments.audit_log {
+        if verified.kind == Kind::DrillReport {
+            return Err(named(&"a drill report quotes no audit log"));
+        }
+        must_be_in_log(&verified.content, log).map_err(|error| named(&error))?;
+    }
+    show(&verified, key, nonce.is_some());
+    if let Some(log) = &arguments.audit_log {
+        say(&format!(
+            "  {:<10} {} has what is quoted, up to the same head",
+            "audit log",
+            log.display()
+        ));
+    }
+    Ok(status(verified.overall))
+}
+
+/// What a document says, without the checks that passed.
+fn show(verified: &Verified, key: PublicKey, is_challenged: bool) {
     say(&format!(
         "genuine {}, signed with {}\n  {:<10} {}",
         verified.kind.name(),
@@ -192,9 +216,9 @@ fn check(path: &Path, key: &str, nonce: Option<&str>, kind: Option<Kind>) -> Res
     };
     for (name, pointer) in shown {
         let value = verified.content.pointer(pointer).and_then(Value::as_str);
-        let hint = match (*name, nonce, value) {
-            ("challenge", Some(_), _) => " (yours)",
-            ("challenge", None, Some(_)) => " (compare it with yours, or give --nonce)",
+        let hint = match (*name, is_challenged, value) {
+            ("challenge", true, _) => " (yours)",
+            ("challenge", false, Some(_)) => " (compare it with yours, or give --nonce)",
             _ => "",
         };
         let absent = match *name {
@@ -204,13 +228,8 @@ fn check(path: &Path, key: &str, nonce: Option<&str>, kind: Option<Kind>) -> Res
         let value = printable(value.unwrap_or(absent));
         say(&format!("  {name:<10} {value}{hint}"));
     }
-    for check in verified
-        .content
-        .get("checks")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-    {
+    let checks = verified.content.get("checks").and_then(Value::as_array);
+    for check in checks.into_iter().flatten() {
         let text = |name: &str| check.get(name).and_then(Value::as_str).unwrap_or_default();
         if text("result") != Outcome::Pass.name() {
             say(&format!(
@@ -221,7 +240,6 @@ fn check(path: &Path, key: &str, nonce: Option<&str>, kind: Option<Kind>) -> Res
             ));
         }
     }
-    Ok(status(verified.overall))
 }
 
 pub(super) fn status(overall: Overall) -> ExitCode {
@@ -257,7 +275,7 @@ fn hold(arguments: &DrillArguments, socket: &Path) -> Result<ExitCode, Failure> 
     let mut findings = drill::run(&request, &mut |progress| screen.show(&progress))?;
     screen.clear();
     if arguments.signing_key.is_none() {
-        let note = Value::from(made_for_this("report"));
+        let note = Value::from("made for this report alone: it proves nothing about who made it");
         findings.facts.insert("signing_key".to_owned(), note);
     }
     let report = findings.value();
@@ -278,10 +296,6 @@ fn hold(arguments: &DrillArguments, socket: &Path) -> Result<ExitCode, Failure> 
 /// The key that was named, or one for this document alone.
 pub(super) fn signing_key(path: Option<&Path>) -> Result<SigningKey, Failure> {
     path.map_or_else(SigningKey::generate, SigningKey::read)
-}
-
-pub(super) fn made_for_this(document: &str) -> String {
-    format!("made for this {document} alone: it proves nothing about who made it")
 }
 
 /// Whether there is a place for what is to be written.

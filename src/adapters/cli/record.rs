@@ -1,12 +1,11 @@
 //! `cmkfs drill record`
 
-use super::drill::{
-    Screen, count_line, failed_lines, made_for_this, parents_exist, signing_key, status, user, write,
-};
+use super::drill::{Screen, count_line, failed_lines, parents_exist, signing_key, status, user, write};
 use super::{Failure, control, existing_directory, key_failure, read_superblock};
 use crate::adapters::drill::document::{sha256, sign};
 use crate::adapters::drill::markers::Nonce;
 use crate::adapters::drill::record::{Files, NamedVolume, Request, make, page};
+use crate::adapters::drill::verify::verify;
 use crate::adapters::fuse;
 use crate::engine::KeyError;
 use clap::Args;
@@ -20,8 +19,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) const HELP: &str = "\
 It asks kmsd about a key that is destroyed, tries to use it, and changes nothing. A key in any other state is refused, with exit
-status 1. Of a key whose material was imported (Origin EXTERNAL) it makes a removal record: our copy is gone, the owner's is not.
-A keystore for drills has that in the title of its records.
+status 1, and so is one that never had any material. Of a key whose material was imported (Origin EXTERNAL) it makes a removal
+record: our copy is gone, the owner's is not. A keystore for drills has that in the title of its records.
 
 The result is INCOMPLETE at best: what the medium of the old root slot is worth, and what copies hold, is never tested here.
 Exit status: 0; 1 if anything did not hold, or there is nothing to record; 2 asked wrongly.
@@ -35,7 +34,7 @@ pub(super) struct RecordArguments {
     /// The destroyed key: a key id, an ARN, or alias/NAME.
     #[arg(long, value_name = "KEY")]
     key_id: String,
-    /// A challenge of 64 hexadecimal digits, drawn by whoever verifies.
+    /// A challenge of 64 hexadecimal digits, drawn by whoever verifies; the record says that you gave it.
     #[arg(long, value_name = "HEX")]
     nonce: Option<String>,
     /// Write the signed record here.
@@ -54,7 +53,7 @@ pub(super) struct RecordArguments {
     /// Who looks on.
     #[arg(long, value_name = "NAME")]
     witness: Option<String>,
-    /// kmsd's home: its audit log is checked and quoted, and its slots are looked at.
+    /// kmsd's home: its audit log is checked and quoted, and every file in it is looked at, since it may be an old slot.
     #[arg(long, value_name = "DIR")]
     kms_home: Option<PathBuf>,
     /// kmsd's audit log, or a copy of it, where the home cannot be read.
@@ -87,6 +86,7 @@ pub(super) fn run(arguments: &RecordArguments, socket: &Path) -> Result<ExitCode
             (None, Some(log)) => Files::Log(log.clone()),
             (None, None) => Files::None,
         },
+        is_key_own: arguments.signing_key.is_none(),
     };
     let client = Client::connect(socket, CALL_TIMEOUT).map_err(|error| match error {
         ClientError::Unreachable(why) => key_failure(&KeyError::Unreachable(why), socket),
@@ -95,13 +95,11 @@ pub(super) fn run(arguments: &RecordArguments, socket: &Path) -> Result<ExitCode
     let mut screen = Screen::new();
     let made = make(&request, &client, &mut |progress| screen.show(&progress));
     screen.clear();
-    let mut record = made?;
-    if arguments.signing_key.is_none()
-        && let Some(fields) = record.value.as_object_mut()
-    {
-        fields.insert("signing_key".to_owned(), Value::from(made_for_this("record")));
-    }
+    let record = made?;
     let bytes = sign(record.kind, &record.value, &key);
+    // What nobody could verify would be of no use to anybody.
+    verify(&bytes, key.public(), nonce)
+        .map_err(|error| format!("the record would not verify, and is not written: {error}"))?;
     if let Some(path) = &arguments.report {
         write(path, &bytes)?;
     }

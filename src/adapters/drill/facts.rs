@@ -25,6 +25,13 @@ pub(super) fn time(ms: i64) -> String {
     jiff::Timestamp::from_millisecond(ms).map_or_else(|_| format!("{ms} ms"), |time| time.to_string())
 }
 
+/// What [`time`] was made of.
+pub(super) fn ms_of(text: &str) -> Option<i64> {
+    let time = text.parse::<jiff::Timestamp>().ok();
+    time.map(jiff::Timestamp::as_millisecond)
+        .or_else(|| text.strip_suffix(" ms")?.parse().ok())
+}
+
 /// Where this runs.
 pub(super) fn host() -> Value {
     json!({

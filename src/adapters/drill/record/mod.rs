@@ -3,11 +3,16 @@
 
 mod audit;
 mod contents;
+mod home;
+mod known;
 mod live;
 pub mod page;
+mod statement;
 #[cfg(test)]
 mod tests;
-pub(super) mod verify;
+pub mod verify;
+
+pub use live::{Uses, uses};
 
 use super::Progress;
 use super::document::{Check, Kind, Outcome, Overall};
@@ -16,13 +21,18 @@ use super::kms::Kms;
 use super::markers::Nonce;
 use crate::engine::Superblock;
 use audit::Log;
+use home::Home;
 use kms_client::Client;
-use kms_client::proto::{Dependant, GetKeystoreInfoResponse, KeyMetadata, KeyState};
+use kms_client::proto::{KeyMetadata, KeyState};
+use known::{Known, Made};
+use live::Tried;
 use serde_json::Value;
 use std::path::PathBuf;
 
 /// Of a key whose material was made elsewhere.
 const EXTERNAL: &str = "EXTERNAL";
+/// What makes a record.
+const TOOL: &str = "cmkfs drill record";
 
 /// What is asked for.
 pub struct Request {
@@ -30,7 +40,7 @@ pub struct Request {
     pub socket: PathBuf,
     /// The key: an id, an ARN or an alias.
     pub key: String,
-    /// A verifier's challenge.
+    /// A challenge.
     pub nonce: Option<Nonce>,
     /// Who asks.
     pub operator: String,
@@ -42,6 +52,8 @@ pub struct Request {
     pub volumes: Vec<NamedVolume>,
     /// What of kmsd's files can be read.
     pub files: Files,
+    /// Whether the key that will sign was made for this record alone.
+    pub is_key_own: bool,
 }
 
 /// A volume that was named.
@@ -73,29 +85,12 @@ impl Files {
             Self::Home(path) => Some(path.join("audit.log")),
         }
     }
-}
 
-/// Everything that a record is made of.
-struct Known {
-    key: KeyMetadata,
-    keystore: GetKeystoreInfoResponse,
-    dependants: Vec<Dependant>,
-    log: Option<Log>,
-    /// What was tried.
-    tried: Vec<Check>,
-    nonce: Option<Nonce>,
-    operator: String,
-    witness: Option<String>,
-    known_copies: Vec<String>,
-}
-
-impl Known {
-    fn is_external(&self) -> bool {
-        self.key.origin == EXTERNAL
-    }
-
-    fn kind(&self) -> Kind {
-        kind_for(&self.key.origin)
+    fn home(&self) -> Option<&PathBuf> {
+        match self {
+            Self::None | Self::Log(_) => None,
+            Self::Home(path) => Some(path),
+        }
     }
 }
 
@@ -149,37 +144,33 @@ pub fn make(
     let kms = Kms::over(client);
     let key = kms.describe(&request.key)?;
     must_be_gone(&key)?;
-    let mut tried = Vec::new();
     show(Progress::Doing("kmsd is asked to use the key"));
-    tried.extend(live::uses(client, &key, &kms.keystore()?.region));
+    let uses = uses(client, &key, &kms.keystore()?.region);
     let dependants = kms.dependants(&key.key_id)?;
     show(Progress::Doing("volumes are tried"));
-    tried.extend(live::volumes(
-        &request.volumes,
-        &key,
-        &dependants,
-        &request.socket,
-    )?);
-    tried.push(live::slot(&request.files, &key)?);
+    let volumes = live::volumes(&request.volumes, &key, &dependants, &request.socket)?;
     // Last, so that the log has everything up to here.
     let keystore = kms.keystore()?;
-    show(Progress::Doing("the audit log is read"));
+    show(Progress::Doing("kmsd's files are looked at"));
+    let home = request.files.home();
+    let home = home.map(|path| Home::read(path, &keystore.keystore_id));
     let log = request.files.log();
-    let log = log
-        .map(|path| Log::read(&path, &keystore, &key.arn))
-        .transpose()?;
+    let log = log.map(|path| Log::read(&path, &keystore, &key.arn));
     let known = Known {
+        home: home.transpose()?,
+        log: log.transpose()?,
         key,
         keystore,
         dependants,
-        log,
-        tried,
+        tried: Tried { uses, volumes },
         nonce: request.nonce,
         operator: request.operator.clone(),
         witness: request.witness.clone(),
         known_copies: request.known_copies.clone(),
+        made: Made::now(request.is_key_own),
     };
-    let record = contents::write(known);
+    known.must_be_recordable()?;
+    let record = contents::write(&known);
     for check in &record.checks {
         show(Progress::Checked(check));
     }

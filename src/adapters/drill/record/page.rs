@@ -113,7 +113,7 @@ fn audit(out: &mut String, record: &Value) -> std::fmt::Result {
     Ok(())
 }
 
-const KEY: [(&str, &str); 12] = [
+const KEY: [(&str, &str); 13] = [
     ("ARN", "/key/arn"),
     ("Id", "/key/id"),
     ("Description", "/key/description"),
@@ -125,6 +125,7 @@ const KEY: [(&str, &str); 12] = [
     ("Made by uid", "/key/creator_uid"),
     ("Deletion asked for", "/key/deletion_asked_for"),
     ("Deletion due", "/key/deletion_due"),
+    ("At its end", "/key/ended"),
     ("Material gone", "/key/material_gone"),
 ];
 

@@ -1,147 +1,76 @@
-//! Whether what a record claims follows from what is in it, so that whoever signed it could not have it say more.
+//! Whether what a record claims follows from what is in it, so that whoever signed it could not have it say more. It is written
+//! anew from the facts in it, and must come out the same: no sentence, outcome or field is the signer's to choose.
 
-use super::super::document::{Kind, Outcome};
-use super::super::facts::erasure_worth;
-use super::super::verify::{list, number, string};
-use super::audit::{Entry, GONE, SCHEDULED};
-use super::contents::{WINDOW_MIN_MS, clock};
-use super::{kind_for, title};
+use super::super::document::Kind;
+use super::audit::Log;
+use super::contents::write;
+use super::known::Known;
 use serde_json::Value;
-
-/// Every record has these checks, whatever came of them: what was left out would not be missed.
-const CHECKS: [&str; 15] = [
-    "state",
-    "window",
-    "epoch",
-    "erasure",
-    "mounted",
-    "refused-encrypt",
-    "refused-generate",
-    "refused-decrypt",
-    "volume-refused",
-    "slot-gone",
-    "audit-chain",
-    "audit-scheduled",
-    "audit-gone",
-    "audit-unused",
-    "recovery",
-];
+use std::path::Path;
 
 /// # Errors
 /// What does not follow.
 pub(in super::super) fn follows(kind: Kind, record: &Value) -> Result<(), String> {
-    let (key, keystore) = (part(record, "key")?, part(record, "keystore")?);
-    if kind_for(string(key, "origin")?) != kind {
+    let known = Known::of(record)?;
+    if known.kind() != kind {
         return Err(format!(
             "it is a {}, which is not what there is of a key of this origin",
             kind.name()
         ));
     }
-    let is_for_drills = keystore
-        .get("is_for_drills")
-        .and_then(Value::as_bool)
-        .ok_or("it does not say whether its keystore is one for drills")?;
-    let erasure = erasure_worth(string(record, "erasure")?, string(record, "root_slot")?);
-    for (name, expected) in [
-        ("title", title(kind, is_for_drills).as_str()),
-        ("clock", clock(is_for_drills)),
-        ("erasure_worth", &erasure),
-    ] {
-        if string(record, name)? != expected {
-            return Err(format!("its {name} is not what it must be"));
+    known.must_be_recordable()?;
+    match difference(&write(&known).value, record, "") {
+        None => Ok(()),
+        Some(why) => Err(why),
+    }
+}
+
+/// Whether a log that somebody else kept has what a record quotes, and reaches the head that is in it.
+///
+/// # Errors
+/// It does not, or cannot be read; or nothing is quoted.
+pub fn must_be_in_log(record: &Value, path: &Path) -> Result<(), String> {
+    let known = Known::of(record)?;
+    let quoted = known.log.ok_or("it quotes no audit log")?;
+    let kept = Log::read(path, &known.keystore, &known.key.arn)?;
+    quoted
+        .must_agree(&kept)
+        .map_err(|why| format!("audit log {}: {why}", path.display()))
+}
+
+/// The first place in which a record is not what follows from it.
+fn difference(expected: &Value, found: &Value, at: &str) -> Option<String> {
+    match (expected, found) {
+        (Value::Object(fields), Value::Object(others)) => {
+            if let Some(name) = others.keys().find(|name| !fields.contains_key(*name)) {
+                return Some(format!("it has '{at}/{name}', which no record has"));
+            }
+            fields.iter().find_map(|(name, field)| {
+                let at = format!("{at}/{name}");
+                match others.get(name) {
+                    Some(other) => difference(field, other, &at),
+                    None => Some(format!("its '{at}' is missing")),
+                }
+            })
         }
-    }
-    for id in CHECKS {
-        if outcomes(record, id)?.is_empty() {
-            return Err(format!("the check {id} is missing"));
+        (Value::Array(items), Value::Array(others)) if items.len() == others.len() => {
+            let mut pairs = items.iter().zip(others).enumerate();
+            pairs.find_map(|(number, (item, other))| {
+                difference(item, other, &format!("{at}/{}", name(item, number)))
+            })
         }
+        _ if expected == found => None,
+        (Value::Array(items), Value::Array(others)) => Some(format!(
+            "its '{at}' has {} parts, and must have {}",
+            others.len(),
+            items.len()
+        )),
+        _ => Some(format!("its '{at}' is not what follows from its other fields")),
     }
-    if outcomes(record, "state")? != [Outcome::Pass] {
-        return Err("kmsd did not say what it records".to_owned());
-    }
-    // Nobody can have tested them here.
-    for id in ["erasure", "recovery"] {
-        if outcomes(record, id)? != [Outcome::NotTested] {
-            return Err(format!("{id} cannot have been tested"));
-        }
-    }
-    let claims = [
-        ("window", has_window(key, is_for_drills)),
-        ("epoch", has_left_epoch(record, keystore)),
-        ("mounted", has_no_mount(record)?),
-        ("audit-chain", has_head(record, keystore)),
-    ];
-    for (id, holds) in claims {
-        if outcomes(record, id)?.contains(&Outcome::Pass) && !holds {
-            return Err(format!("{id} is said to have held, which does not follow"));
-        }
-    }
-    audit(record, string(key, "arn")?)
 }
 
-fn part<'v>(of: &'v Value, name: &str) -> Result<&'v Value, String> {
-    of.get(name)
-        .filter(|value| value.is_object())
-        .ok_or_else(|| format!("it has no '{name}'"))
-}
-
-/// What became of the checks of this name.
-fn outcomes(record: &Value, id: &str) -> Result<Vec<Outcome>, String> {
-    let named = list(record, "checks")?
-        .iter()
-        .filter(|check| check.get("id").and_then(Value::as_str) == Some(id));
-    Ok(named
-        .filter_map(|check| Outcome::parse(check.get("result")?.as_str()?))
-        .collect())
-}
-
-fn has_window(key: &Value, is_for_drills: bool) -> bool {
-    let ms = |name| {
-        let time: jiff::Timestamp = string(key, name).ok()?.parse().ok()?;
-        Some(time.as_millisecond())
-    };
-    let passed = ms("deletion_asked_for")
-        .zip(ms("material_gone"))
-        .map(|(asked, gone)| gone.saturating_sub(asked));
-    !is_for_drills && passed.is_some_and(|passed| passed >= WINDOW_MIN_MS)
-}
-
-fn has_left_epoch(record: &Value, keystore: &Value) -> bool {
-    let left = record.pointer("/method/epoch_before").and_then(Value::as_u64);
-    let now = number(keystore, "epoch").ok();
-    left.zip(now).is_some_and(|(left, now)| left < now)
-}
-
-fn has_no_mount(record: &Value) -> Result<bool, String> {
-    let known = list(part(record, "dependants")?, "known")?;
-    Ok(known
-        .iter()
-        .all(|dependant| dependant.get("is_mounted") == Some(&Value::Bool(false))))
-}
-
-fn has_head(record: &Value, keystore: &Value) -> bool {
-    let same = |of_log: &str, of_kmsd: &str| {
-        let of_log = record.pointer(of_log);
-        of_log.is_some() && of_log == keystore.get(of_kmsd)
-    };
-    same("/audit/head", "audit_head") && same("/audit/records", "audit_records")
-}
-
-/// What is quoted of the audit log is what was written, and is about the key.
-fn audit(record: &Value, arn: &str) -> Result<(), String> {
-    let mut entries: Vec<Entry> = Vec::new();
-    for value in list(part(record, "audit")?, "quoted")? {
-        let entry = Entry::of(value, arn)?;
-        if entries.last().is_some_and(|last| !last.precedes(&entry)) {
-            return Err("the audit records that it quotes do not follow each other".to_owned());
-        }
-        entries.push(entry);
-    }
-    for (id, operation) in [("audit-scheduled", SCHEDULED), ("audit-gone", GONE)] {
-        let claims = outcomes(record, id)?.contains(&Outcome::Pass);
-        if claims && !entries.iter().any(|entry| entry.is(operation)) {
-            return Err(format!("it quotes no record of {operation}"));
-        }
-    }
-    Ok(())
+/// What an item of a list is called.
+fn name(item: &Value, number: usize) -> String {
+    let id = item.get("id").and_then(Value::as_str);
+    id.map_or_else(|| number.to_string(), str::to_owned)
 }
