@@ -39,6 +39,8 @@ const VOLUME: [u8; 16] = [5; 16];
 const ATTEMPTS_PER_KILL_MAX: usize = 4;
 /// A start that follows a kill is killed in turn, at one of so many calls of a name.
 const SECOND_KILL_CALLS_MAX: u32 = 24;
+/// How long a kmsd that was killed may take to be gone.
+const KILL_MAX: Duration = Duration::from_secs(60);
 /// Rounds whose copies are looked through at once.
 const RECOVERED_ROUNDS: usize = 8;
 const SECOND_KILL_CALLS: [&str; 5] = ["fsync", "unlink", "fdatasync", "write", "rename"];
@@ -187,7 +189,14 @@ impl Run {
         let strace = Strace::attach(self.kms.pid(), point, &output);
         let trace = match advance(&self.kms, WEEK_S) {
             Ok(_) => strace.detached(),
-            Err(_) => strace.ended(),
+            Err(error) => {
+                // strace ends with kmsd, and not before it.
+                assert!(
+                    ends(&mut self.kms),
+                    "kmsd lives, and refused to shift its clock: {error}"
+                );
+                strace.ended()
+            }
         };
         let calls = parse(&trace, &home, old);
         let mut met = None;
@@ -202,7 +211,7 @@ impl Run {
             met = Some(call.step());
             let kills = self.tally.kills.entry(call.step()).or_default();
             *kills.entry(call.label()).or_default() += 1;
-            self.start_again(&mut round, killed);
+            self.start_again(&mut round, killed, &dies);
         }
         self.dead.push(dies);
         self.check_end(&mut round, met, old + 1);
@@ -230,7 +239,7 @@ impl Run {
     }
 
     /// Starts kmsd on what a kill has left, and every second time kills that start, too.
-    fn start_again(&mut self, round: &mut Round, killed: PathBuf) {
+    fn start_again(&mut self, round: &mut Round, killed: PathBuf, dies: &Key) {
         let mut last = killed;
         if self.rounds.is_multiple_of(2) {
             let number = u32::try_from(self.rounds / 2).unwrap();
@@ -259,6 +268,7 @@ impl Run {
             kmsd
         });
         let expected = selected(&last);
+        self.check_ready(dies, expected);
         let log = fs::read_to_string(log).unwrap();
         let opened = log
             .lines()
@@ -269,6 +279,27 @@ impl Run {
             // Never back: it is that very slot, and no other of the same number.
             let slot = |home: &Path| fs::read(home.join(format!("slot-{expected}"))).unwrap();
             assert_eq!(slot(&last), slot(&self.kms.home()));
+        }
+    }
+
+    /// What a start has made of what a kill left, by its ready line and before a call has it do more. What was committed is
+    /// finished before anything is served; what was not is begun again from then on, unless it is not due yet.
+    fn check_ready(&self, dies: &Key, expected: u64) {
+        let (old, next) = (self.epoch, self.epoch + 1);
+        let home = self.kms.home();
+        let there = roots(&home);
+        let state = self.kms.state(&dies.id);
+        let only_next = of_epoch(next);
+        if expected > old {
+            assert_eq!((there, state.as_str()), (only_next, "Destroyed"));
+            return;
+        }
+        let mut possible: BTreeSet<_> = of_epoch(old).union(&only_next).cloned().collect();
+        possible.insert(format!("slot-{next}.staged"));
+        assert!(there.is_subset(&possible), "{there:?}");
+        match state.as_str() {
+            "Destroyed" => assert_eq!(roots(&home), only_next),
+            state => assert_eq!(state, "PendingDeletion"),
         }
     }
 
@@ -283,12 +314,7 @@ impl Run {
         let info = self.kms.ctl(&["get-keystore-info"]).unwrap();
         assert_eq!(info["Epoch"], epoch, "{what}");
         let home = self.kms.home();
-        let roots: BTreeSet<_> = names(&home)
-            .into_iter()
-            .filter(|name| name.starts_with("slot-") || name.starts_with("root-"))
-            .collect();
-        let expected = [format!("root-{epoch}"), format!("slot-{epoch}")];
-        assert_eq!(roots, BTreeSet::from(expected), "{what}");
+        assert_eq!(roots(&home), of_epoch(epoch), "{what}");
         self.kms.verify().unwrap();
         for (key, opened) in self.survivors.iter().zip(decrypt(&self.kms, &self.survivors)) {
             assert_eq!(opened.as_deref(), Ok(key.id.as_bytes()), "{what}");
@@ -398,6 +424,31 @@ fn traced(kmsd: &Command, point: &Point, output: &Path) -> Command {
     strace
 }
 
+/// Whether a kmsd that a signal was sent to, if any was, has ended by it.
+fn ends(kms: &mut Kms) -> bool {
+    let began = Instant::now();
+    while !kms.has_ended() {
+        if began.elapsed() > KILL_MAX {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    true
+}
+
+/// Everything in a home that is named as a slot or as a root.
+fn roots(home: &Path) -> BTreeSet<String> {
+    let names = names(home).into_iter();
+    names
+        .filter(|name| name.starts_with("slot-") || name.starts_with("root-"))
+        .collect()
+}
+
+/// What there is of these when one epoch is selected, and nothing is under way.
+fn of_epoch(epoch: u64) -> BTreeSet<String> {
+    BTreeSet::from([format!("root-{epoch}"), format!("slot-{epoch}")])
+}
+
 /// The greatest epoch that has a slot.
 fn selected(home: &Path) -> u64 {
     slots(home).into_iter().max().unwrap()
@@ -481,6 +532,7 @@ fn kill_9_at_each_step_selects_one_epoch_loses_no_survivor_and_brings_no_dead_ke
         assert!(run.tally.kills(step) >= kills);
     }
     let tally = &run.tally;
+    assert!(tally.killed_starts.0 > 0, "no start was killed before it served");
     println!(
         "{} rounds: {} kills at steps, {} starts killed before they served and {} when they did, {} ratchets not met, {} kills \
          elsewhere than meant; {} epochs, {} keys destroyed, {} recoveries, in {:?}",

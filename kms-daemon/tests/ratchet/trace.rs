@@ -260,9 +260,26 @@ impl Strace {
     }
 
     /// Lets the process go, and gives what it did.
-    pub fn detached(self) -> String {
-        kill_process(Pid::from_child(&self.tracer), Signal::INT).unwrap();
-        self.ended()
+    pub fn detached(mut self) -> String {
+        self.detach().unwrap();
+        std::fs::read_to_string(&self.output).unwrap()
+    }
+
+    fn detach(&mut self) -> std::io::Result<()> {
+        // One that was waited for has no process any more.
+        if self.tracer.try_wait()?.is_none() {
+            kill_process(Pid::from_child(&self.tracer), Signal::INT)?;
+            self.tracer.wait()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Strace {
+    fn drop(&mut self) {
+        if let Err(error) = self.detach() {
+            eprintln!("a strace is left behind: {error}");
+        }
     }
 }
 
@@ -304,6 +321,28 @@ mod tests {
 7  write(28</h/db/000021.log>, "..."..., 46) = 46
 7  +++ exited with 0 +++
 "#;
+
+    #[test]
+    fn a_process_that_is_traced_is_let_go_when_the_tracer_is_dropped() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut traced = Command::new("sleep").arg("600").spawn().unwrap();
+        let status = format!("/proc/{}/status", traced.id());
+        let tracer = || {
+            let status = std::fs::read_to_string(&status).unwrap();
+            let line = status
+                .lines()
+                .find(|line| line.starts_with("TracerPid:"))
+                .unwrap();
+            line.split_whitespace().nth(1).unwrap().to_owned()
+        };
+        let strace = Strace::attach(traced.id(), None, &directory.path().join("trace"));
+        assert_ne!(tracer(), "0");
+        drop(strace);
+        assert_eq!(tracer(), "0");
+        assert!(traced.try_wait().unwrap().is_none());
+        traced.kill().unwrap();
+        traced.wait().unwrap();
+    }
 
     #[test]
     fn each_call_is_of_its_step_and_each_point_is_the_first_of_its_name_and_number() {
