@@ -15,6 +15,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 /// Loops that read requests. Handlers block on storage, so that there are more of them than processors; the
@@ -82,6 +83,7 @@ struct Breaker {
     place: Unmounter,
     /// Absent where fusectl cannot be had.
     abort: Option<AbortHandle>,
+    is_used: AtomicBool,
 }
 
 impl Breaker {
@@ -94,12 +96,14 @@ impl Breaker {
                     |error| tracing::warn!(%error, "this connection cannot be aborted: no access to fusectl"),
                 )
                 .ok(),
+            is_used: AtomicBool::new(false),
         }
     }
 
     /// Has every request fail, those that wait included, and takes the mount out of the tree. Whether the connection is known to
     /// have ended.
     fn undo(&self) -> bool {
+        self.is_used.store(true, Ordering::Release);
         if let Some(abort) = self.abort.as_ref()
             && let Err(error) = abort.abort()
         {
@@ -109,6 +113,11 @@ impl Breaker {
             tracing::error!(%error, "a mount that is not served could not be undone");
         }
         self.abort.is_some()
+    }
+
+    /// Whether the mount was undone here.
+    fn is_used(&self) -> bool {
+        self.is_used.load(Ordering::Acquire)
     }
 }
 
@@ -181,9 +190,17 @@ impl Mounted {
             laundry,
             laundering,
         };
-        match mounted.answer() {
-            Ok(device) => {
-                tune(device);
+        let answered = mounted.answer().and_then(|is_there| match is_there {
+            false if breaker.is_used() => Err(Error::other("the session broke off at once; see the log")),
+            is_there => Ok(is_there),
+        });
+        match answered {
+            Ok(true) => {
+                tune(mounted.place.device);
+                Ok(mounted)
+            }
+            Ok(false) => {
+                tracing::info!("it was unmounted as soon as it was there");
                 Ok(mounted)
             }
             Err(error) => {
@@ -198,18 +215,15 @@ impl Mounted {
         }
     }
 
-    /// Goes through the kernel to our own loops: the mount answers. If they never began it was undone, and what lay below
-    /// answers instead.
-    fn answer(&self) -> Result<Device> {
+    /// Goes through the kernel to our own loops: the mount answers. False if what lies below answers instead: it was unmounted, by
+    /// somebody, or by the breaker if the loops never began.
+    fn answer(&self) -> Result<bool> {
         let answered = std::fs::metadata(&self.place.mountpoint)?.dev();
         let answered = Device {
             major: rustix::fs::major(answered),
             minor: rustix::fs::minor(answered),
         };
-        if answered != self.place.device {
-            return Err(Error::other("the session broke off at once; see the log"));
-        }
-        Ok(answered)
+        Ok(answered == self.place.device)
     }
 
     /// Waits until the mount is gone, whoever unmounted it.
