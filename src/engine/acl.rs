@@ -2,7 +2,7 @@
 //! kernel checks permissions by them (FUSE_POSIX_ACL); kept here is what makes them agree with the mode: an ACL that is
 //! set changes the mode, a mode that is set changes the ACL, and a directory's default ACL is inherited.
 
-use super::commit::Batch;
+use super::batch::Batch;
 use super::core::Access;
 use super::error::{Error, Result};
 use super::format::dirent::Xattr;

@@ -1,7 +1,7 @@
 //! Attributes and extended attributes of an inode.
 
 use super::acl;
-use super::commit::Batch;
+use super::batch::Batch;
 use super::core::Access;
 use super::error::{Error, Result};
 use super::format::dirent::Xattr;

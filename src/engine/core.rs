@@ -2,10 +2,11 @@
 //! keys of a domain, and those of the volume's first, may be used for as long as it is held.
 
 use super::active::Active;
+use super::batch::Batch;
 use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::Clock;
-use super::commit::{Batch, Committer, Seq};
+use super::commit::{Committer, Seq};
 use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};
 use super::filekeys::FileKeys;

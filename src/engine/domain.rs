@@ -1,6 +1,7 @@
 //! Making a key domain of an empty directory, and ending one: docs/domains.md.
 
-use super::commit::{Batch, Seq};
+use super::batch::Batch;
+use super::commit::Seq;
 use super::core::{Access, Core};
 use super::domains::{KeyDomain, Known};
 use super::error::{Error, Result};

@@ -4,8 +4,8 @@
 //! survive a crash names it, and named only after it is synced (rule R1). A chunk that is written meanwhile is left
 //! for another time.
 
+use super::batch::Batch;
 use super::chunkcache::PublishedChunk;
-use super::commit::Batch;
 use super::content::slot_offset;
 use super::core::Access;
 use super::error::{Error, Result};

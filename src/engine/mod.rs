@@ -8,6 +8,7 @@ mod acl;
 mod active;
 mod anchor;
 mod attributes;
+mod batch;
 mod bell;
 mod check;
 mod chunkcache;

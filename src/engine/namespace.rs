@@ -1,6 +1,6 @@
 //! Names: making, finding, linking, renaming and removing them. Each operation is one batch.
 
-use super::commit::Batch;
+use super::batch::Batch;
 use super::core::Access;
 use super::error::{Error, Result};
 use super::format::dirent::Dirent;

@@ -2,10 +2,11 @@
 
 use super::active::Active;
 use super::anchor;
+use super::batch::Batch;
 use super::bell::Bell;
 use super::chunkcache::ChunkCache;
 use super::clock::{Clock, SystemClock};
-use super::commit::{Batch, Committer, Counted, Seq, StoredRoot, Written};
+use super::commit::{Committer, Counted, Seq, StoredRoot, Written};
 use super::core::{Core, Fetch};
 use super::domains::{Domains, KeyDomain};
 use super::error::{Error, Result};

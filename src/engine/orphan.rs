@@ -1,7 +1,8 @@
 //! Inodes without a name. They live until the kernel forgets them; then, or at the next mount, their rows go, and
 //! once that is durable their slot file, and last the orphan row that remembers it.
 
-use super::commit::{Batch, Seq};
+use super::batch::Batch;
+use super::commit::Seq;
 use super::core::{Access, Core};
 use super::domains::KeyDomain;
 use super::error::{Error, Result};

@@ -4,8 +4,9 @@
 //! commit. Content written meanwhile stays pending. Holding [`Publishing`] means that no other publish, cut or
 //! drain of the file is under way.
 
+use super::batch::Batch;
 use super::chunkcache::PublishedChunk;
-use super::commit::{Batch, Seq};
+use super::commit::Seq;
 use super::core::{Access, Core};
 use super::error::{Error, Result};
 use super::format::chunk::{Block, CHUNK_BLOCKS, Chunk};

@@ -1,7 +1,7 @@
 //! Several inodes locked and changed together: the changes are made to copies, committed, and only then to the
 //! nodes, so that a failed commit changes nothing.
 
-use super::commit::Batch;
+use super::batch::Batch;
 use super::core::Access;
 use super::error::{Error, Result};
 use super::format::inode::InodeRecord;

@@ -1,6 +1,6 @@
 //! Chained tables: directory entries and extended attributes, found by the PRF of their names.
 
-use super::commit::Batch;
+use super::batch::Batch;
 use super::core::Access;
 use super::error::{Error, Result};
 use super::format::dirent::{CHAIN_MAX, Entry, Place};

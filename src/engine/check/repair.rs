@@ -2,7 +2,7 @@
 //! counted, and what has no name gets one below `lost+found` in the root of its domain.
 
 use super::{Event, Finding};
-use crate::engine::commit::Batch;
+use crate::engine::batch::Batch;
 use crate::engine::core::{Access, Core};
 use crate::engine::error::{Error, Result};
 use crate::engine::format::dirent::Dirent;

@@ -2,7 +2,8 @@
 //! for is durable; after a failure of the log nobody succeeds any more; and a log without room is none.
 
 use super::{explore, key_of, together};
-use crate::engine::commit::{Batch, Committer, Seq, Written};
+use crate::engine::batch::Batch;
+use crate::engine::commit::{Committer, Seq, Written};
 use crate::engine::error::Error;
 use crate::engine::format::root::RootRecord;
 use crate::engine::format::rowkey::{self, Family};
