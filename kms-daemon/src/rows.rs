@@ -265,4 +265,7 @@ pub struct AnchorRow {
     /// When it moved last, in milliseconds since the Unix epoch.
     #[prost(int64, tag = "4")]
     pub moved_ms: i64,
+    /// The CMK that the domain's volume key is under: UUID.
+    #[prost(bytes = "vec", tag = "5")]
+    pub key_id: Vec<u8>,
 }

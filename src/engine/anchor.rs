@@ -4,6 +4,7 @@
 //! The first domain's root is anchored, which covers those of all others. Told by the thread that fetches keys, never on the way of
 //! an fsync(2); before anything is told, the seal file has it.
 
+use super::batch::Batch;
 use super::core::Core;
 use super::error::Result;
 use super::format::root::{Anchors, RootRecord};
@@ -13,6 +14,7 @@ use super::keyservice::{Anchor, KeyError};
 use super::open::OpenError;
 use super::types::Domain;
 use super::volume::Options;
+use std::sync::atomic::Ordering;
 
 /// What the volume would be anchored as; none in a format without roots.
 pub(crate) fn of_root(keys: &DomainKeys, root: &RootRecord) -> Option<Anchor> {
@@ -31,7 +33,7 @@ pub(crate) enum Standing {
     Good(Anchors),
     /// Nothing is known of it, and it knows of nothing.
     New,
-    /// It was anchored, and the KMS knows nothing of that.
+    /// It was anchored, and the KMS knows nothing of that, or less.
     Forgotten,
     /// It lacks so many operations of what the KMS knows.
     Older(u64),
@@ -46,11 +48,12 @@ pub(crate) fn stand(
     sealed: Anchors,
     found: Option<Anchor>,
 ) -> Standing {
+    let reached = |anchor: Anchor| anchor.commit_seq;
+    if sealed.accepted.map(reached) > found.map(reached) {
+        return Standing::Forgotten;
+    }
     let Some(found) = found else {
-        return match sealed.accepted {
-            None => Standing::New,
-            Some(_) => Standing::Forgotten,
-        };
+        return Standing::New;
     };
     let missing = found.commit_seq.saturating_sub(root.commit_seq);
     if missing > 0 {
@@ -62,9 +65,10 @@ pub(crate) fn stand(
     let is_same =
         root.commit_seq > found.commit_seq || of_root(keys, root).is_some_and(|here| here.mac == found.mac);
     match is_known && is_same {
+        // What was proposed may be on its way still: it is told again, and nothing else before.
         true => Standing::Good(Anchors {
             accepted: Some(found),
-            proposed: None,
+            ..sealed
         }),
         false => Standing::Forked,
     }
@@ -86,9 +90,15 @@ pub(crate) fn check(
     match stand(keys, root, sealed, found) {
         Standing::Good(anchors) => Ok((anchors, None)),
         Standing::New => Ok((Anchors::default(), None)),
-        Standing::Forgotten if options.accept_kms_restore || options.accept_restore => {
-            Ok((Anchors::default(), None))
-        }
+        // From where it is known there, it goes on.
+        Standing::Forgotten if options.accept_kms_restore => Ok((
+            Anchors {
+                accepted: found,
+                proposed: None,
+            },
+            None,
+        )),
+        Standing::Forgotten if options.accept_restore => Ok((sealed, found)),
         Standing::Forgotten => Err(KeyError::RolledBack.into()),
         Standing::Older(_) | Standing::Forked if options.accept_restore => Ok((sealed, found)),
         Standing::Older(missing) => Err(OpenError::Older(missing)),
@@ -122,14 +132,23 @@ impl Core {
 
     /// What is to be anchored next, if that is wanted, by a root that is durable.
     pub(crate) fn anchor_candidate(&self, keys: &DomainKeys, root: &RootRecord) -> Option<Anchor> {
-        let is_wanted = self.options.anchor && !self.options.read_only;
+        let is_wanted =
+            self.options.anchor && !self.options.read_only && !self.is_restored.load(Ordering::Acquire);
         of_root(keys, root).filter(|_| is_wanted && !self.domains.first().trust.is_lost())
     }
 
-    /// Has the KMS take in a volume that was put back: its history begins anew here. The seal file has that before.
+    /// Has the KMS take in a volume that was put back, if it was: its history begins anew here. The seal file has that before.
     pub(crate) fn take_in_restored(&self) -> Result<()> {
+        if !self.is_restored.load(Ordering::Acquire) || self.options.read_only {
+            return Ok(());
+        }
+        tracing::warn!(
+            "the volume was put back, or is a copy, which its user accepts: its history begins anew"
+        );
         let access = self.drain(Domain::FIRST)?;
         let keys = access.keys_of(Domain::FIRST)?;
+        // With the limit of inode numbers that the lost history had come to.
+        self.committer.commit(keys, Batch::default())?;
         let root = self.committer.root();
         self.committer.sync_to(self.committer.committed())?;
         let Some(to) = of_root(keys, &root) else {
@@ -146,6 +165,7 @@ impl Core {
         let told = keyring.with_volume_key(|service| service.accept_restore(to));
         told.map_err(|error| super::keyring::key_failure(Domain::FIRST.root(), &error))?;
         self.sealed.lock().anchors.accept(to);
+        self.is_restored.store(false, Ordering::Release);
         Ok(())
     }
 }

@@ -116,16 +116,18 @@ impl Committer {
         own.unwrap_or(Err(Error::Poisoned))
     }
 
-    /// Commits all batches in one; or, if there is no room for that, each by itself, so that a large one keeps none from
+    /// Commits all batches in one; or, if there is no room for that, or a root cannot be read, each by itself, so that a large one keeps none from
     /// freeing space. What waits at the same time comes in no order.
     fn write_all(&self, keys: &DomainKeys, last: &mut Written, group: &[Waiting]) {
         let all: Vec<&Batch> = group.iter().map(|waiting| &waiting.batch).collect();
         let together = self.write(keys, last, &all);
-        let is_no_room = together.as_ref().is_err_and(Error::is_no_room);
+        // What one of them finds damaged, or too large, is no matter of the others.
+        let is_of_one = |error: &Error| error.is_no_room() || matches!(error, Error::Corrupt { .. });
+        let is_of_one = together.as_ref().is_err_and(is_of_one);
         let mut waiting: Vec<&Waiting> = group.iter().collect();
         waiting.sort_by_key(|waiting| waiting.batch.bytes());
         for one in waiting {
-            let outcome = match is_no_room && group.len() > 1 {
+            let outcome = match is_of_one && group.len() > 1 {
                 true => self.write(keys, last, &[&one.batch]),
                 false => together.clone(),
             };

@@ -62,6 +62,8 @@ pub(crate) struct Core {
     pub(crate) observer: Mutex<Option<Arc<dyn CacheObserver>>, rank::Observer>,
     /// Whether slot files may hold what an unclean stop left.
     pub(crate) is_unswept: AtomicBool,
+    /// Whether the volume was put back on purpose, and the KMS has not taken that in yet.
+    pub(crate) is_restored: AtomicBool,
     /// What the seal file says.
     pub(crate) sealed: Mutex<SealRecord, rank::SealFile>,
     /// Wakes the thread that publishes, drains and reclaims.
@@ -128,13 +130,7 @@ impl Core {
     /// EROFS, too, where what is there was found not to be what was last written.
     pub(crate) fn change(&self, domain: Domain) -> Result<Access<'_>> {
         self.refuse_read_only()?;
-        if self
-            .domains
-            .get(domain)
-            .is_ok_and(|domain| domain.trust.is_lost())
-        {
-            return Err(Error::Posix(libc::EROFS));
-        }
+        self.refuse_lost(domain)?;
         self.access(domain, Purpose::Serve)
     }
 
@@ -177,6 +173,20 @@ impl Core {
             purpose,
             first,
             others,
+        }
+    }
+
+    /// # Errors
+    /// EROFS where what is there was found not to be what was last written: of a domain, or of the first, which has the roots of all.
+    pub(crate) fn refuse_lost(&self, domain: Domain) -> Result<()> {
+        let is_lost = |domain| {
+            self.domains
+                .get(domain)
+                .is_ok_and(|domain| domain.trust.is_lost())
+        };
+        match is_lost(domain) || is_lost(Domain::FIRST) {
+            true => Err(Error::Posix(libc::EROFS)),
+            false => Ok(()),
         }
     }
 

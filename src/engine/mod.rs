@@ -72,4 +72,4 @@ pub use types::{
     SetAttr, SetXattr, StatFs, Taken, Timestamp,
 };
 pub use verification::{Verification, Verify};
-pub use volume::{CreateParams, OpenError, Options, Status, Volume};
+pub use volume::{CreateParams, OpenError, Opening, Options, Status, Volume};

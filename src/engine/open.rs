@@ -219,8 +219,16 @@ impl Volume {
     ) -> std::result::Result<Arc<Self>, OpenError> {
         let opened = open_core(dir, options, keys, clock, Writing::Allowed)?;
         let core = Arc::clone(&opened.core);
+        // From here on the keys are watched: what takes long can be revoked.
         let background = upkeep::start(opened, Threads::All)?;
-        Ok(Arc::new(Self::with_background(core, background)))
+        let volume = Self::with_background(Arc::clone(&core), background);
+        let begun = core.begin_serving();
+        if begun.is_err()
+            && let Err(error) = volume.close()
+        {
+            tracing::warn!(%error, "a volume that is not served was not put away");
+        }
+        begun.map(|()| Arc::new(volume))
     }
 
     pub(crate) fn with_background(core: Arc<Core>, background: Background) -> Self {
@@ -294,10 +302,10 @@ pub(crate) fn open_core(
         sealed.anchors = anchors;
         given_up
     };
-    if let Some(given_up) = given_up {
-        // No number of the history that is given up is used again.
-        last.root.ino_limit = last.root.ino_limit.max(given_up.ino_limit);
-    }
+    // No number that any history of it has come to is used again.
+    let limits = [given_up, sealed.anchors.accepted].into_iter().flatten();
+    let limits = limits.map(|anchor| anchor.ino_limit).max();
+    last.root.ino_limit = last.root.ino_limit.max(limits.unwrap_or_default());
     let sweep = match options.read_only {
         true => None,
         false => {
@@ -330,6 +338,7 @@ pub(crate) fn open_core(
         clock,
         observer: Mutex::new(None),
         is_unswept: AtomicBool::new(sweep.is_some()),
+        is_restored: AtomicBool::new(given_up.is_some()),
         sealed: Mutex::new(sealed),
         upkeep_bell: Bell::default(),
         is_compaction_due: AtomicBool::new(false),
@@ -344,15 +353,6 @@ pub(crate) fn open_core(
     });
     core.serve(Domain::FIRST)?.directory(Ino::ROOT)?;
     core.open_domains()?;
-    if given_up.is_some() && !options.read_only {
-        tracing::warn!(
-            "the volume was put back, or is a copy, which its user accepts: its history begins anew"
-        );
-        core.take_in_restored()?;
-    }
-    if let Some(domain) = core.verify_first()? {
-        return Err(OpenError::NotAsWritten(domain));
-    }
     for domain in core.domains.all() {
         match core.know_orphans(domain) {
             Err(error) if domain.id == Domain::FIRST => return Err(error.into()),
@@ -367,6 +367,14 @@ pub(crate) fn open_core(
 }
 
 impl Core {
+    /// What is to be done before anything is served.
+    fn begin_serving(&self) -> std::result::Result<(), OpenError> {
+        match self.verify_first()? {
+            Some(domain) => Err(OpenError::NotAsWritten(domain)),
+            None => Ok(self.take_in_restored()?),
+        }
+    }
+
     /// Opens every domain but the first that is in use. One whose key may not be used is dark, and keeps nothing from being
     /// opened.
     fn open_domains(&self) -> std::result::Result<(), OpenError> {

@@ -92,9 +92,13 @@ impl Core {
     /// there is room for its deletion.
     pub(crate) fn reclaim_all(&self) -> Result<()> {
         let mut outcome = Ok(());
+        if self.refuse_lost(Domain::FIRST).is_err() {
+            return outcome;
+        }
         let mut from = Ino::default();
         while let Some(ino) = self.orphans.next(from) {
-            let access = match self.drain(ino.domain()) {
+            let access = self.refuse_lost(ino.domain());
+            let access = match access.and_then(|()| self.drain(ino.domain())) {
                 Ok(access) => access,
                 // They wait for the key.
                 Err(error) => {

@@ -12,8 +12,8 @@ use super::keys::DomainKeys;
 use super::store::{Cursor, Moment, Store};
 use super::types::{Domain, Ino};
 
-/// Inodes between two looks at whether to go on.
-const INODES_PER_LOOK: u64 = 64;
+/// Rows between two looks at whether to go on: keys may have to go, and wait for this.
+const ROWS_PER_LOOK: u64 = 256;
 
 /// What more there is of an inode than its record.
 const OF_INODES: [Kind; 4] = [Kind::Bitmap, Kind::Chunk, Kind::Dirent, Kind::Xattr];
@@ -48,6 +48,7 @@ pub(crate) struct Scanned {
 struct Scan<'s> {
     moment: &'s Moment<'s>,
     keys: &'s DomainKeys,
+    go_on: &'s dyn Fn(u64) -> Result<()>,
     found: &'s mut dyn FnMut(Mismatch),
     scanned: Scanned,
 }
@@ -67,11 +68,12 @@ pub(crate) fn scan(
         let mut scan = Scan {
             moment,
             keys,
+            go_on,
             found,
             scanned: Scanned::default(),
         };
         let mut sum = RowSum::default();
-        scan.inodes(&mut sum, go_on)?;
+        scan.inodes(&mut sum)?;
         for kind in OF_DOMAINS {
             scan.each(kind, &mut sum)?;
         }
@@ -87,28 +89,29 @@ impl<'s> Scan<'s> {
         self.moment.cursor(Family::Meta, &from, &to)
     }
 
-    fn add(&mut self, sum: &mut RowSum, key: &[u8], row: &[u8]) {
+    fn add(&mut self, sum: &mut RowSum, key: &[u8], row: &[u8]) -> Result<()> {
+        if self.scanned.rows.is_multiple_of(ROWS_PER_LOOK) {
+            (self.go_on)(self.scanned.inodes)?;
+            self.moment.go_on()?;
+        }
         self.scanned.rows += 1;
         match Seal::of_row(row) {
             Some(seal) => self.keys.replace_in(sum, key, None, Some(&seal)),
             None => (self.found)(Mismatch::Unknown),
         }
+        Ok(())
     }
 
     /// Every inode's record, and its other rows beside it.
-    fn inodes(&mut self, sum: &mut RowSum, go_on: &dyn Fn(u64) -> Result<()>) -> Result<()> {
+    fn inodes(&mut self, sum: &mut RowSum) -> Result<()> {
         let mut records = self.all(Kind::Inode)?;
         let mut others = Vec::with_capacity(OF_INODES.len());
         for kind in OF_INODES {
             others.push(self.all(kind)?);
         }
         while let Some((key, row)) = records.row()? {
-            if self.scanned.inodes.is_multiple_of(INODES_PER_LOOK) {
-                go_on(self.scanned.inodes)?;
-                self.moment.go_on()?;
-            }
             let ino = Ino(rowkey::last_number(key).unwrap_or_default());
-            self.add(sum, key, row);
+            self.add(sum, key, row)?;
             let says = self.keys.open_row(Family::Meta, key, row);
             let says = says.and_then(|plain| InodeRecord::decode(&plain).ok());
             let mut is = RowSum::default();
@@ -138,7 +141,7 @@ impl<'s> Scan<'s> {
                 break;
             }
             if of == ino {
-                self.add(sum, key, row);
+                self.add(sum, key, row)?;
             } else if stray.replace(of) != Some(of) {
                 (self.found)(Mismatch::Stray(of));
             }
@@ -150,13 +153,13 @@ impl<'s> Scan<'s> {
     fn each(&mut self, kind: Kind, sum: &mut RowSum) -> Result<()> {
         let mut rows = self.all(kind)?;
         while let Some((key, row)) = rows.row()? {
-            self.add(sum, key, row);
+            self.add(sum, key, row)?;
             // The first domain's root covers the roots of all others.
             if kind == Kind::Usage {
                 let other = rowkey::last_number(key).and_then(|number| u16::try_from(number).ok());
                 let root = rowkey::root(Domain(other.unwrap_or_default()));
                 if let Some(row) = self.moment.get(Family::Meta, &root)? {
-                    self.add(sum, &root, &row);
+                    self.add(sum, &root, &row)?;
                 }
             }
             rows.advance();

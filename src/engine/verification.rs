@@ -146,8 +146,13 @@ impl Trust {
         )
     }
 
+    /// Takes in how far it is. What was lost once is not found again.
     fn set(&self, state: Verification) {
-        *self.state.lock() = state;
+        let mut known = self.state.lock();
+        let is_final = matches!(*known, Verification::Differs { .. });
+        if !is_final || matches!(state, Verification::Differs { .. }) {
+            *known = state;
+        }
     }
 }
 
@@ -164,18 +169,35 @@ impl Core {
             return Ok(true);
         }
         domain.trust.set(Verification::Running { inodes: 0 });
-        let mut findings = 0;
+        let mut findings = 0_u64;
         let asked = |inodes| {
             domain.trust.inodes.store(inodes, Ordering::Relaxed);
             go_on()
         };
         let scanned = scan(&self.store, keys, &asked, &mut |mismatch| {
             findings += 1;
+            // At once: whatever becomes of the scan, that much is known.
+            domain.trust.is_lost.store(true, Ordering::Release);
             if findings <= LOGGED_MAX {
                 alarm(domain.id, mismatch);
             }
         });
-        let Scanned { inodes, rows } = scanned.inspect_err(|_| domain.trust.set(Verification::Waiting))?;
+        let Scanned { inodes, rows } = match scanned {
+            Ok(scanned) => scanned,
+            // What cannot be read to its end is not what was written.
+            Err(Error::Corrupt { what }) => {
+                tracing::error!(domain = domain.id.0, "{what}");
+                findings += 1;
+                Scanned::default()
+            }
+            Err(error) => {
+                domain.trust.set(match domain.trust.is_lost() {
+                    true => Verification::Differs { findings },
+                    false => Verification::Waiting,
+                });
+                return Err(error);
+            }
+        };
         if findings > 0 {
             domain.trust.is_lost.store(true, Ordering::Release);
             domain.trust.set(Verification::Differs { findings });
@@ -236,8 +258,11 @@ impl Core {
 
     /// Whether the records of a domain are not those that were written last, or may not be.
     pub(crate) fn is_untrusted(&self, domain: Domain) -> bool {
-        let domain = self.domains.get(domain);
-        domain.is_ok_and(|domain| domain.trust.is_lost() || domain.trust.is_open())
+        let is_open = self
+            .domains
+            .get(domain)
+            .is_ok_and(|domain| domain.trust.is_open());
+        is_open || self.refuse_lost(domain).is_err()
     }
 
     /// Whether a domain is not to be served, since it could not be verified before.

@@ -96,6 +96,15 @@ pub struct Status {
     pub failed: bool,
 }
 
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opening {
+    /// Reading alone.
+    ToRead,
+    /// Writing, too.
+    ToWrite,
+}
+
 /// An open volume. Dropping it without [`Volume::close`] is a crash: what was not synced is lost.
 ///
 /// Every method may wait for storage, and for the KMS as long as the [`KeyService`](super::KeyService) lets it.
@@ -436,11 +445,14 @@ impl Volume {
         self.core.change(ino.domain())?.removexattr(ino, name)
     }
 
-    /// Prepares reading and writing: an open that succeeds has its key.
+    /// Prepares reading, and writing if that is `wanted`: an open that succeeds has its key.
     ///
     /// # Errors
-    /// EISDIR and EINVAL for what has no content.
-    pub fn open_file(&self, ino: Ino) -> Result<()> {
+    /// EISDIR and EINVAL for what has no content; EROFS for writing where nothing more is changed.
+    pub fn open_file(&self, ino: Ino, wanted: Opening) -> Result<()> {
+        if wanted == Opening::ToWrite {
+            self.core.refuse_lost(ino.domain())?;
+        }
         let access = self.core.serve(ino.domain())?;
         let node = access.regular(ino)?;
         access.file_key(&node).map(|_| ())
@@ -485,7 +497,13 @@ impl Volume {
     /// Those of [`Self::write`]; what was taken in before stays. The file counts as damaged from then on if it is the key
     /// that is lacking.
     pub fn write_back(&self, ino: Ino, offset: u64, data: &[u8]) -> Result<()> {
-        let access = self.core.drain(ino.domain()).inspect_err(|error| {
+        let access = self.core.drain(ino.domain());
+        // What is stored while keys go is not refused: it was accepted before.
+        let access = access.and_then(|access| match access.is_draining() {
+            true => Ok(access),
+            false => self.core.refuse_lost(ino.domain()).map(|()| access),
+        });
+        let access = access.inspect_err(|error| {
             // The kernel has no other copy, and no later fsync may claim that there is one (rule R6).
             tracing::error!(inode = ino.0, offset, length = data.len(), %error, "content is lost");
             self.core.poisoned.lock().insert(ino);

@@ -1,7 +1,7 @@
 //! The anchor: a volume that was put back as a whole, and a copy that was mounted elsewhere, are known by what the KMS remembers.
 
 use crate::support::{Answer, FILE, Fixture, copy_dir, eventually, list, noise};
-use cmkfs::engine::{Anchor, Error, Ino, OpenError, Verification, Volume};
+use cmkfs::engine::{Anchor, Error, Ino, KeyError, OpenError, Verification, Volume};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,7 +72,10 @@ fn a_volume_that_was_put_back_is_taken_in_on_purpose_and_the_other_is_refused_fr
     let given_up = anchored(&fixture).unwrap();
     let volume = restore(&fixture, &old).unwrap();
     assert_eq!(names(&volume), [b"one".to_vec()]);
-    // No number of the lost history is used again.
+    volume.close().unwrap();
+    drop(volume);
+    // No number of the lost history is used again, though nothing was changed meanwhile.
+    let volume = fixture.try_open_at(&old).unwrap();
     assert!(make(&volume, b"other").0 >= given_up.ino_limit);
     volume.close().unwrap();
     drop(volume);
@@ -80,7 +83,10 @@ fn a_volume_that_was_put_back_is_taken_in_on_purpose_and_the_other_is_refused_fr
     // By the numbers alone it is an older one.
     let refused = fixture.try_open().err();
     assert!(
-        matches!(refused, Some(OpenError::Older(_) | OpenError::Forked)),
+        matches!(
+            refused,
+            Some(OpenError::Older(_) | OpenError::Forked | OpenError::Key(KeyError::RolledBack))
+        ),
         "{refused:?}"
     );
     session(&fixture, &old, b"still");
@@ -176,4 +182,24 @@ fn a_kms_that_forgot_the_anchor_is_refused_until_that_is_accepted() {
     assert!(anchored(&fixture).is_some());
     fixture.options.accept_kms_restore = false;
     session(&fixture, &fixture.dir(), b"three");
+}
+
+#[test]
+fn a_kms_that_knows_an_earlier_anchor_was_put_back_and_goes_on_from_there_when_accepted() {
+    let mut fixture = fixture();
+    session(&fixture, &fixture.dir(), b"one");
+    let backup = anchored(&fixture);
+    for name in [b"two".as_slice(), b"three", b"four"] {
+        session(&fixture, &fixture.dir(), name);
+    }
+    *fixture.kms.anchor() = backup;
+    assert_eq!(
+        fixture.try_open().err(),
+        Some(OpenError::Key(KeyError::RolledBack))
+    );
+    fixture.options.accept_kms_restore = true;
+    session(&fixture, &fixture.dir(), b"five");
+    fixture.options.accept_kms_restore = false;
+    session(&fixture, &fixture.dir(), b"six");
+    assert!(anchored(&fixture).unwrap().commit_seq > backup.unwrap().commit_seq);
 }

@@ -247,6 +247,8 @@ fn counts_are_counted_again() {
 fn a_damaged_mark_of_an_unlinked_inode_keeps_nothing_from_being_opened_and_is_made_anew() {
     let made = Made::new();
     let volume = made.fixture.open();
+    // Known to the kernel: it is not reclaimed before.
+    volume.lookup(made.dir, b"small").unwrap();
     volume.unlink(Ino::ROOT, b"also").unwrap();
     volume.unlink(made.dir, b"small").unwrap();
     volume.fsync(made.dir).unwrap();

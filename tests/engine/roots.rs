@@ -3,7 +3,8 @@
 
 use crate::support::{DIR, FILE, Fixture, content, eventually, noise};
 use cmkfs::engine::{
-    CheckOptions, Domain, Error, Fault, Ino, OpenError, SetAttr, SetXattr, Verification, Verify, Volume,
+    CheckOptions, Domain, Error, Fault, Ino, OpenError, Opening, SetAttr, SetXattr, Verification, Verify,
+    Volume,
 };
 use rocksdb::{DB, IteratorMode, Options as DatabaseOptions};
 use std::collections::BTreeMap;
@@ -225,6 +226,10 @@ fn whatever_rows_are_put_back_the_scan_tells_and_a_full_one_keeps_the_volume_shu
         assert!(matches!(found, Verification::Differs { .. }), "{what}: {found:?}");
         let refused = volume.make(Ino::ROOT, b"new", &FILE).err();
         assert_eq!(refused, Some(Error::Posix(libc::EROFS)), "{what}");
+        // What lies in the page cache is a change, too.
+        let erofs = Err(Error::Posix(libc::EROFS));
+        assert_eq!(volume.write_back(file, 0, &noise(9, 4096)), erofs, "{what}");
+        assert_eq!(volume.open_file(file, Opening::ToWrite), erofs, "{what}");
         drop(volume);
         attacked.restore();
         assert_eq!(attacked.problems(), [], "{what}");
@@ -269,6 +274,11 @@ fn one_domain_s_records_put_back_are_told_of_that_domain_and_all_of_them_of_the_
         attacked.open(Verify::Full).err(),
         Some(OpenError::NotAsWritten(Domain::FIRST))
     );
+    // By itself it is in order; the first, which knows better, speaks for all.
+    let volume = attacked.open(Verify::Lazy).unwrap();
+    eventually(|| is_over(&volume, TENANT) && is_over(&volume, Domain::FIRST));
+    let refused = volume.make(attacked.tenant, b"new", &FILE).err();
+    assert_eq!(refused, Some(Error::Posix(libc::EROFS)));
 }
 
 #[test]

@@ -206,6 +206,10 @@ impl World {
     pub fn mount(&mut self, options: &[&str]) {
         let log = File::create(self.path("mount.log")).unwrap();
         self.mount_with_log(options, log.into());
+        // Until then the daemon itself looks at the mount.
+        eventually("the mount says that it is there", || {
+            self.log().contains("the volume is mounted")
+        });
     }
 
     /// The same, logging to whatever `log` is.

@@ -194,7 +194,8 @@ impl Machine {
         let mut mount = self.mount.lock().unwrap();
         let child = mount.insert(child);
         let start = Instant::now();
-        while !is_mounted(&self.scratch.path().join("mnt")) {
+        // Until it says so, the daemon itself may be looking at the mount, and keep it from being unmounted.
+        while !self.log("mount.log").contains("the volume is mounted") {
             if child.try_wait().unwrap().is_some() {
                 return Err(failed(format!(
                     "the volume is not mounted: {}",

@@ -78,6 +78,13 @@ struct Entry {
     done: mpsc::SyncSender<Result<(), String>>,
 }
 
+/// What storage writes as a whole, in bytes.
+const SECTOR: usize = 512;
+/// A sector, or the part of one behind the last good frame, with at least so many zeros and nothing else was never written.
+const ZEROS_MIN: usize = 64;
+/// So much behind the last good frame is looked at: more than what is written at once.
+const TORN_BYTES_MAX: u64 = 64 << 20;
+
 /// What a start learns from the part of the log that the checkpoint does not cover.
 #[derive(Debug, Default)]
 pub struct Tail {
@@ -103,7 +110,7 @@ impl Audit {
         })
     }
 
-    /// Opens the log, checks it from `checkpoint` on, and cuts off an incomplete last frame.
+    /// Opens the log, checks it from `checkpoint` on, and cuts off what a crash left incomplete at its end.
     ///
     /// # Errors
     /// [`AuditError`] if anything else is wrong with it.
@@ -124,7 +131,7 @@ impl Audit {
             tracing::warn!(
                 records = durable.records,
                 bytes = length - durable.offset,
-                "cut off an incomplete last audit frame, whose call was never answered"
+                "cut off an incomplete end of the audit log, whose calls were never answered"
             );
             file.set_len(durable.offset).map_err(HomeError::io(path))?;
         }
@@ -344,6 +351,19 @@ fn digest_of(checkpoint: &CheckpointRow) -> Digest {
     checkpoint.head.as_slice().try_into().unwrap_or_default()
 }
 
+/// Whether what lies behind `offset` was being written when power failed: the file may be as long as it was to become, and lack
+/// pages, which read as zeros. No frame has so many in a row. Whoever cuts the log at that place achieves as much.
+fn is_torn(file: &File, offset: u64) -> std::io::Result<bool> {
+    let mut reader = file;
+    reader.seek(SeekFrom::Start(offset))?;
+    let mut rest = Vec::new();
+    reader.take(TORN_BYTES_MAX).read_to_end(&mut rest)?;
+    let first = SECTOR - usize::try_from(offset).unwrap_or(0) % SECTOR;
+    let (head, sectors) = rest.split_at_checked(first).unwrap_or((&rest, &[]));
+    let mut sectors = std::iter::once(head).chain(sectors.chunks(SECTOR));
+    Ok(sectors.any(|sector| sector.len() >= ZEROS_MIN && sector.iter().all(|byte| *byte == 0)))
+}
+
 fn check_tail(
     file: &File,
     path: &Path,
@@ -382,6 +402,8 @@ fn check_tail(
         let frame = match frame::read(&mut reader, &digest_of(&durable)).map_err(io)? {
             Ok(Some(frame)) => frame,
             Ok(None) | Err(Problem::Incomplete) => return Ok((durable, tail)),
+            // Its call was never answered: what was answered for was synced before.
+            Err(_) if is_torn(file, durable.offset).map_err(io)? => return Ok((durable, tail)),
             Err(problem) => {
                 return Err(AuditError::Bad {
                     path: path.to_owned(),

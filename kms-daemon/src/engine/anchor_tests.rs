@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 const VOLUME: Uuid = Uuid::from_bytes([4; 16]);
+const KEY: Uuid = Uuid::from_bytes([5; 16]);
 
 fn call(session: &Session, operation: &'static str) -> Call {
     let owner = session.facts.owner;
@@ -55,7 +56,7 @@ fn with_volume_key(engine: &Engine, domain: u16) -> std::sync::Arc<Session> {
         ("volume", VOLUME.simple().to_string()),
         ("domain", domain.to_string()),
     ];
-    session.note_volume_key(&context.map(|(name, value)| (name.to_owned(), value)).into());
+    session.note_volume_key(&context.map(|(name, value)| (name.to_owned(), value)).into(), KEY);
     session
 }
 
@@ -74,10 +75,8 @@ fn an_anchor_moves_forward_from_where_its_mount_knows_it() {
         advance(&engine, &session, None, &one).unwrap();
         let before = engine.position().state_seq;
         advance(&engine, &session, Some(&one), &two).unwrap();
-        assert!(
-            engine.position().state_seq > before,
-            "a keystore put back is to be known by it"
-        );
+        // Every mount would have to remember another's.
+        assert_eq!(engine.position().state_seq, before);
         // An answer that was lost, and another's history.
         advance(&engine, &session, Some(&one), &two).unwrap();
         assert_eq!(
@@ -152,10 +151,10 @@ fn only_a_session_that_was_given_the_volume_key_has_an_anchor() {
         context("vk", &volume, "1"),
         context("dek", &volume, "0"),
     ] {
-        claims.note_volume_key(&other);
-        assert!(!claims.has_volume_key());
+        claims.note_volume_key(&other, KEY);
+        assert_eq!(claims.volume_key(), None);
     }
-    claims.note_volume_key(&context("vk", &volume, "0"));
+    claims.note_volume_key(&context("vk", &volume, "0"), KEY);
     advance(&engine, &claims, None, &anchor(1, 1)).unwrap();
     let short = Anchor {
         mac: vec![1; 31],
@@ -164,5 +163,17 @@ fn only_a_session_that_was_given_the_volume_key_has_an_anchor() {
     assert_eq!(
         code(advance(&engine, &claims, Some(&anchor(1, 1)), &short)),
         Code::InvalidParameter
+    );
+    // A key that somebody had made under another CMK, and said to be this volume's.
+    claims.note_volume_key(&context("vk", &volume, "0"), Uuid::from_bytes([6; 16]));
+    assert_eq!(
+        code(engine.get_anchor(&call(&claims, "GetAnchor"), &claims.id)),
+        Code::NoPermission
+    );
+    assert_eq!(code(accept(&engine, &claims, &anchor(1, 1))), Code::NoPermission);
+    // What was refused is recorded: by those who had no key, and by the last.
+    assert_eq!(
+        super::destruction_tests::records_of(home.path(), "AcceptRestore"),
+        2
     );
 }

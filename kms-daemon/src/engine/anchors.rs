@@ -1,8 +1,8 @@
 //! Anchors: how far each key domain of each volume is known to have come (docs/integrity.md). A volume that has come less far, or
 //! elsewhere, was put back as it once was, or is a copy that another has left behind.
 //!
-//! An anchor moves forward only, from the one that its mount knows. Its rows are in the row set, and each move is a change of the
-//! manifest that counts for `state_seq`: a keystore that was put back is known by that.
+//! An anchor moves forward only, from the one that its mount knows. Its rows are in the row set, so that none is put back alone; a
+//! keystore that was put back as a whole knows less of a volume than that volume does.
 
 use super::call::{Call, Trail};
 use super::sessions::Session;
@@ -12,7 +12,7 @@ use crate::rows::{AnchorRow, MANIFEST_KEY};
 use crate::store::{Change, StoreError, Table};
 use kms_api::{ANCHOR_MAC_LEN, Code, KmsError};
 use prost::Message;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 /// Key domains of volumes that have one, at most.
 const ANCHORS_MAX: usize = 65_536;
@@ -69,8 +69,8 @@ impl Engine {
         self.anchor_of(&session)
     }
 
-    /// Moves the anchor of the domain that a session serves. Synced, and audited where it is the first of the domain, or one of
-    /// a volume that was put back.
+    /// Moves the anchor of the domain that a session serves. Synced; audited where it is the first of the domain, or one of a volume
+    /// that was put back, or is refused.
     ///
     /// # Errors
     /// Those of [`Self::get_anchor`]; `InvalidParameter`; `Rejected.AnchorConflict` if the anchor is another than the one that it is
@@ -82,27 +82,12 @@ impl Engine {
         how: Move<'_>,
         to: &Anchor,
     ) -> Result<(), KmsError> {
-        to.check("Anchor")?;
-        let session = self.anchoring(call, session)?;
         let _one_at_a_time = self.anchors.lock();
-        let stored = self.anchor_of(&session)?;
-        if stored.as_ref().is_some_and(|stored| stored.agrees(to)) {
-            // An answer was lost.
-            return Ok(());
-        }
-        if let Move::From(from) = how {
-            let is_forward = stored
-                .as_ref()
-                .is_none_or(|stored| stored.commit_seq < to.commit_seq);
-            let is_known = match (&stored, from) {
-                (Some(stored), Some(from)) => stored.agrees(from),
-                (None, None) => true,
-                _ => false,
-            };
-            if !is_known || !is_forward {
-                return Err(conflict(stored.as_ref()));
-            }
-        }
+        let (session, stored) = match self.movable(call, session, how, to) {
+            Ok(found) => found,
+            Err(error) => return self.run(call, |_| Err(error)),
+        };
+        let is_there = stored.as_ref().is_some_and(|stored| stored.agrees(to));
         let row = AnchorRow {
             commit_seq: to.commit_seq,
             mac: to.mac.clone(),
@@ -110,31 +95,65 @@ impl Engine {
                 .ino_limit
                 .max(stored.as_ref().map_or(0, |stored| stored.ino_limit)),
             moved_ms: self.clock.now_ms(),
+            key_id: session
+                .volume_key()
+                .map_or_else(Vec::new, |key| key.as_bytes().to_vec()),
         };
         let put =
             |change: &mut Change<'_>| change.put(Table::Anchors, &row_key(&session), &row.encode_to_vec());
         match (how, &stored) {
-            (Move::From(_), Some(_)) => self.move_silently(&put),
-            (Move::From(_), None) => {
+            (Move::From(_), Some(_)) => {
+                // It is there already if an answer was lost.
+                let moved = if is_there {
+                    Ok(())
+                } else {
+                    self.move_silently(&put)
+                };
+                self.count_unaudited(call, moved.is_ok());
+                moved
+            }
+            (_, stored) => self.move_loudly(call, &session, stored.as_ref(), to, put),
+        }
+    }
+
+    /// The session of a mount, and the anchor that it may move.
+    fn movable(
+        &self,
+        call: &Call,
+        session: &[u8],
+        how: Move<'_>,
+        to: &Anchor,
+    ) -> Result<(Arc<Session>, Option<Anchor>), KmsError> {
+        to.check("Anchor")?;
+        let session = self.anchoring(call, session)?;
+        let stored = self.anchor_of(&session)?;
+        let Move::From(from) = how else {
+            return Ok((session, stored));
+        };
+        match (&stored, from) {
+            (Some(stored), _) if stored.agrees(to) => {}
+            (Some(stored), Some(from)) if stored.agrees(from) && stored.commit_seq < to.commit_seq => {}
+            (None, None) => {
                 let count = self.store.count_below(Table::Anchors, &[]);
                 if count.map_err(failed)? >= ANCHORS_MAX {
                     let message = format!("{ANCHORS_MAX} key domains have anchors, which is the limit");
                     return Err(KmsError::new(Code::LimitExceeded, message));
                 }
-                self.move_loudly(call, &session, None, to, put)
             }
-            (Move::Restored, stored) => self.move_loudly(call, &session, stored.as_ref(), to, put),
+            (stored, _) => return Err(conflict(stored.as_ref())),
         }
+        Ok((session, stored))
     }
 
     /// The session of a mount that has the volume key of its domain.
-    fn anchoring(&self, call: &Call, session: &[u8]) -> Result<std::sync::Arc<Session>, KmsError> {
+    fn anchoring(&self, call: &Call, session: &[u8]) -> Result<Arc<Session>, KmsError> {
         let session = self.session(call, session)?;
-        if session.has_volume_key() {
-            return Ok(session);
+        match session.volume_key() {
+            Some(_) => Ok(session),
+            None => Err(refused(
+                "an anchor is for a session that was given the volume key of its key domain",
+            )),
         }
-        let message = "an anchor is for a session that was given the volume key of its key domain";
-        Err(KmsError::new(Code::NoPermission, message))
     }
 
     fn anchor_of(&self, session: &Session) -> Result<Option<Anchor>, KmsError> {
@@ -142,13 +161,19 @@ impl Engine {
             .store
             .get(Table::Anchors, &row_key(session))
             .map_err(failed)?;
-        let damaged = |_| failed(StoreError::Damaged(Table::Anchors.name()));
-        row.map(|row| {
-            AnchorRow::decode(row.as_slice())
-                .map(Anchor::of_row)
-                .map_err(damaged)
-        })
-        .transpose()
+        let Some(row) = row else {
+            return Ok(None);
+        };
+        let row = AnchorRow::decode(row.as_slice());
+        let row = row.map_err(|_| failed(StoreError::Damaged(Table::Anchors.name())))?;
+        // Whoever may use another CMK can have a key made under it that is said to be this volume's.
+        if session
+            .volume_key()
+            .is_none_or(|key| key.as_bytes() != row.key_id.as_slice())
+        {
+            return Err(refused("the volume's anchor is under another key"));
+        }
+        Ok(Some(Anchor::of_row(row)))
     }
 
     /// As a change that is audited.
@@ -185,15 +210,13 @@ impl Engine {
         let written = || {
             let mut change = self.store.begin();
             put(&mut change)?;
-            let mut next = next_manifest(&manifest, change.delta(), Effect::Other);
-            next.state_seq += 1;
+            let next = next_manifest(&manifest, change.delta(), Effect::Other);
             change.put(Table::Manifest, MANIFEST_KEY, &next.encode_to_vec())?;
             change.commit(true)?;
             Ok(next)
         };
         match written() {
             Ok(next) => {
-                self.state_seq.store(next.state_seq, Ordering::Release);
                 *manifest = next;
                 Ok(())
             }
@@ -209,6 +232,10 @@ impl Engine {
 fn row_key(session: &Session) -> Vec<u8> {
     let volume = session.facts.volume.as_bytes().as_slice();
     [volume, &session.facts.domain.to_be_bytes()].concat()
+}
+
+fn refused(message: &str) -> KmsError {
+    KmsError::new(Code::NoPermission, message)
 }
 
 fn conflict(stored: Option<&Anchor>) -> KmsError {

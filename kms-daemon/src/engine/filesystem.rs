@@ -133,9 +133,6 @@ impl Engine {
             .iter()
             .map(|outcome| data_key(outcome).map(Some))
             .collect::<Result<Vec<_>, _>>()?;
-        for context in contexts {
-            session.note_volume_key(context);
-        }
         let wrapped: Vec<Vec<u8>> = outcomes.into_iter().map(|outcome| outcome.blob).collect();
         let blobs: Vec<&[u8]> = wrapped.iter().map(Vec::as_slice).collect();
         let sealed = self.seal_answer(&session, Operation::Issue, request_random, &blobs, &keys)?;
@@ -168,8 +165,8 @@ impl Engine {
         let mut results = Vec::with_capacity(outcomes.len());
         let mut keys = Vec::with_capacity(outcomes.len());
         for (outcome, (context, _)) in outcomes.into_iter().zip(items) {
-            if outcome.is_ok() {
-                session.note_volume_key(context);
+            if let Ok(outcome) = &outcome {
+                session.note_volume_key(context, outcome.key_id);
             }
             // A blob whose plaintext is no 256-bit key was made for something else.
             let opened = outcome.and_then(|outcome| data_key(&outcome).map_err(|_| undecipherable()));

@@ -45,8 +45,8 @@ pub(super) struct Session {
     pub(super) row: Mutex<()>,
     /// Held by whoever makes it let go.
     pub(super) clearing: Mutex<()>,
-    /// Whether it was given the volume key of the domain that it serves.
-    has_volume_key: AtomicBool,
+    /// The CMK of the volume key of the domain that it serves, once it was given that.
+    volume_key: Mutex<Option<Uuid>>,
     /// Up to which epoch it was made to let go.
     cleared_epoch: AtomicU64,
     is_over: AtomicBool,
@@ -128,7 +128,7 @@ impl Session {
             mount: Mutex::default(),
             row: Mutex::default(),
             clearing: Mutex::default(),
-            has_volume_key: AtomicBool::new(false),
+            volume_key: Mutex::default(),
             cleared_epoch: AtomicU64::new(0),
             is_over: AtomicBool::new(false),
             over: Arc::default(),
@@ -179,20 +179,21 @@ impl Session {
         self.used.lock().contains(&id)
     }
 
-    /// Notes that it was given the volume key of the domain that it serves.
-    pub(super) fn note_volume_key(&self, context: &BTreeMap<String, String>) {
+    /// Notes what it was given under a CMK, if that is the volume key of the domain that it serves.
+    pub(super) fn note_volume_key(&self, context: &BTreeMap<String, String>, key: Uuid) {
         let is = |name: &str, value: &str| context.get(name).is_some_and(|found| found == value);
         let (volume, domain) = (
             self.facts.volume.simple().to_string(),
             self.facts.domain.to_string(),
         );
         if is("purpose", "vk") && is("volume", &volume) && is("domain", &domain) {
-            self.has_volume_key.store(true, Ordering::Release);
+            *self.volume_key.lock() = Some(key);
         }
     }
 
-    pub(super) fn has_volume_key(&self) -> bool {
-        self.has_volume_key.load(Ordering::Acquire)
+    /// The CMK of the volume key of the domain that it serves, if it was given that.
+    pub(super) fn volume_key(&self) -> Option<Uuid> {
+        *self.volume_key.lock()
     }
 
     pub(super) fn mount(&self) -> Mount {

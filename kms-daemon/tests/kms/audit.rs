@@ -193,3 +193,28 @@ fn a_log_that_is_cut_or_replaced_under_the_daemon_is_noticed() {
     std::fs::rename(&copy, kms.log()).unwrap();
     assert_eq!(kms.code(&["list-keys"]), "ServiceUnavailable");
 }
+
+/// A crash may leave the file as long as it was to become, without pages of it.
+#[test]
+fn a_last_record_that_a_crash_left_without_its_pages_is_cut_off_and_a_changed_one_is_not() {
+    let (mut kms, _, _) = busy();
+    let path = kms.log();
+    let good = std::fs::read(&path).unwrap();
+    let digest = &good[good.len() - 32..];
+    let frame = |body: &[u8]| {
+        let length = u32::try_from(body.len()).unwrap().to_be_bytes();
+        [&length, digest, body, &[7; 32]].concat()
+    };
+    for hole in [0..2048, 2048..4096, 5000..6000] {
+        let mut torn = frame(&[0x55; 6000]);
+        torn[hole].fill(0);
+        std::fs::write(&path, [good.as_slice(), &torn].concat()).unwrap();
+        kms.serve(&[]);
+        kms.stop();
+        let kept = std::fs::read(&path).unwrap();
+        assert!(kept.starts_with(&good) && !kept.ends_with(&torn));
+        std::fs::write(&path, &good).unwrap();
+    }
+    std::fs::write(&path, [good.as_slice(), &frame(&[0x55; 6000])].concat()).unwrap();
+    assert!(kms.serve_fails().contains("was changed"));
+}

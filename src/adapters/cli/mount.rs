@@ -162,6 +162,7 @@ fn serve_open(
             }
         });
     let unmounting = unmounting.map_err(|error| format!("no thread for signals: {error}"))?;
+    tracing::info!("the volume is mounted");
     report.ready();
     let ended = mounted
         .wait()

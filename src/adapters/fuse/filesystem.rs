@@ -7,8 +7,8 @@ use super::reply::{GENERATION, TTL, reply_attr, reply_empty, reply_entry, reply_
 use super::residue::Residue;
 use super::session::CacheMode;
 use crate::engine::{
-    Attr, Clock, Cookie, Error, Fallocate, Ino, Kill, NewNode, Owner, RenameFlags, Seek, SetAttr, SetXattr,
-    SystemClock, Taken, Volume,
+    Attr, Clock, Cookie, Error, Fallocate, Ino, Kill, NewNode, Opening, Owner, RenameFlags, Seek, SetAttr,
+    SetXattr, SystemClock, Taken, Volume,
 };
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo,
@@ -372,7 +372,11 @@ impl Filesystem for CmkFs {
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let opened = self.call("open", ino, |volume| {
-            volume.open_file(Ino(ino.0))?;
+            let wanted = match flags.0 & libc::O_ACCMODE {
+                libc::O_RDONLY => Opening::ToRead,
+                _ => Opening::ToWrite,
+            };
+            volume.open_file(Ino(ino.0), wanted)?;
             if flags.0 & libc::O_TRUNC != 0 {
                 let kill = match is_privileged(req) {
                     true => Kill::Nothing,

@@ -8,6 +8,7 @@ use crate::engine::error::{Error, Result};
 use crate::engine::format::dirent::Dirent;
 use crate::engine::format::rowkey::{self, Cover, Family, Table};
 use crate::engine::format::rowsum::RowSum;
+use crate::engine::format::seal::Seal;
 use crate::engine::node::Stored;
 use crate::engine::runs::Runs;
 use crate::engine::staged::Staged;
@@ -138,7 +139,11 @@ impl Access<'_> {
                 let slots = self.slots.existing(*ino)?;
                 return runs.iter().try_for_each(|run| slots.punch(*run));
             }
-            Fix::RemoveSlotFile(ino) => return self.slots.remove(*ino),
+            Fix::RemoveSlotFile(ino) => {
+                // Bitmaps are looked for where there is a slot file.
+                self.change_rows(*ino, |batch| self.delete_bitmaps(batch, *ino))?;
+                return self.slots.remove(*ino);
+            }
             Fix::Inodes(domain, before, after) => {
                 let delta = i128::from(*after) - i128::from(*before);
                 batch.count_inodes(*domain, i64::try_from(delta).unwrap_or(0));
@@ -146,6 +151,14 @@ impl Access<'_> {
             Fix::Blocks(domain, before, after) => batch.count_blocks(*domain, *before, *after),
         }
         self.commit(batch).map(|_| ())
+    }
+
+    fn delete_bitmaps(&self, batch: &mut Batch, ino: Ino) -> Result<()> {
+        let (from, to) = (rowkey::bitmap(ino, 0), rowkey::bitmap(ino, u64::MAX));
+        self.store.scan(Family::Meta, &from, &to, |key, sealed| {
+            self.delete_row(batch, key.to_vec(), Seal::of_row(sealed).as_ref())?;
+            Ok(true)
+        })
     }
 
     /// Changes rows of an inode, and its record, if it has one, with them.
