@@ -5,6 +5,7 @@ use super::error::{Error, Result};
 use super::format::rowkey::Family;
 use shuttle::thread::yield_now;
 use std::collections::{BTreeMap, HashMap};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
@@ -130,7 +131,10 @@ impl Disk {
 }
 
 /// The rows of one moment.
-pub(crate) struct Moment(Map);
+pub(crate) struct Moment<'d> {
+    rows: Map,
+    _store: PhantomData<&'d Store>,
+}
 
 /// A place among them.
 pub(crate) struct Cursor<'m> {
@@ -138,26 +142,29 @@ pub(crate) struct Cursor<'m> {
 }
 
 impl Store {
-    pub(crate) fn at_one_moment<T>(&self, look: impl FnOnce(&Moment) -> Result<T>) -> Result<T> {
+    pub(crate) fn at_one_moment<T>(&self, look: impl FnOnce(&Moment<'_>) -> Result<T>) -> Result<T> {
         let rows = self.disk().rows.clone();
         yield_now();
-        look(&Moment(rows))
+        look(&Moment {
+            rows,
+            _store: PhantomData,
+        })
     }
 }
 
-impl Moment {
+impl Moment<'_> {
     pub(crate) fn go_on(&self) -> Result<()> {
         Ok(())
     }
 
     pub(crate) fn get(&self, family: Family, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        Ok(self.0.get(&(family as u8, key.to_vec())).cloned())
+        Ok(self.rows.get(&(family as u8, key.to_vec())).cloned())
     }
 
     pub(crate) fn cursor(&self, family: Family, from: &[u8], to: &[u8]) -> Result<Cursor<'_>> {
         let range = (family as u8, from.to_vec())..(family as u8, to.to_vec());
         Ok(Cursor {
-            rows: self.0.range(range).peekable(),
+            rows: self.rows.range(range).peekable(),
         })
     }
 }
