@@ -89,7 +89,8 @@ pub(crate) fn check(
     let found = keyring.service().anchor()?;
     match stand(keys, root, sealed, found) {
         Standing::Good(anchors) => Ok((anchors, None)),
-        Standing::New => Ok((Anchors::default(), None)),
+        // What was proposed first may be on its way still.
+        Standing::New => Ok((sealed, None)),
         // From where it is known there, it goes on.
         Standing::Forgotten if options.accept_kms_restore => Ok((
             Anchors {
@@ -109,6 +110,10 @@ pub(crate) fn check(
 impl Core {
     /// Tells the KMS how far the volume has come, as the seal file has it.
     pub(crate) fn tell_anchor(&self) {
+        // What a backup had proposed is of the history that is being given up.
+        if self.is_restored.load(Ordering::Acquire) {
+            return;
+        }
         let anchors = self.sealed.lock().anchors;
         let Some(to) = anchors.outstanding() else {
             return;

@@ -203,3 +203,24 @@ fn a_kms_that_knows_an_earlier_anchor_was_put_back_and_goes_on_from_there_when_a
     session(&fixture, &fixture.dir(), b"six");
     assert!(anchored(&fixture).unwrap().commit_seq > backup.unwrap().commit_seq);
 }
+
+#[test]
+fn what_a_backup_had_proposed_is_not_told_while_it_is_verified_before_it_is_taken_in() {
+    let mut fixture = fixture();
+    session(&fixture, &fixture.dir(), b"one");
+    session(&fixture, &fixture.dir(), b"two");
+    // Its seal file proposes an anchor, as after every unmount.
+    let old = copy(&fixture, "old");
+    session(&fixture, &fixture.dir(), b"three");
+    fixture.options.verify = cmkfs::engine::Verify::Full;
+    let volume = restore(&fixture, &old).unwrap();
+    make(&volume, b"after");
+    let before = anchored(&fixture);
+    eventually(|| {
+        fixture.clock.advance(Duration::from_secs(10));
+        anchored(&fixture) != before
+    });
+    volume.close().unwrap();
+    drop(volume);
+    session(&fixture, &old, b"more");
+}
