@@ -5,15 +5,23 @@
 use super::codec::{Malformed, Reader, Writer};
 
 /// What one row adds: 256 bits of a PRF, as a big-endian number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Term(pub(crate) [u8; 32]);
 
-/// How many rows there are, and the sum of their terms; or by how much both change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// How many rows there are, and the sum of their terms, which nobody is to see; or by how much both change.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct RowSum {
     rows: u64,
     /// The sum as two numbers, the upper half first.
     sum: (u128, u128),
+}
+
+impl std::fmt::Debug for RowSum {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RowSum")
+            .field("rows", &self.rows)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Term {
