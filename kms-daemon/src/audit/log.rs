@@ -82,6 +82,8 @@ struct Entry {
 const SECTOR: usize = 512;
 /// A sector, or the part of one behind the last good frame, with at least so many zeros and nothing else was never written.
 const ZEROS_MIN: usize = 64;
+/// Bytes of a frame besides its record: the length and two digests.
+const FRAME_OVERHEAD: usize = 4 + 32 + 32;
 /// So much behind the last good frame is looked at: more than what is written at once.
 const TORN_BYTES_MAX: u64 = 64 << 20;
 
@@ -352,12 +354,17 @@ fn digest_of(checkpoint: &CheckpointRow) -> Digest {
 }
 
 /// Whether what lies behind `offset` was being written when power failed: the file may be as long as it was to become, and lack
-/// pages, which read as zeros. No frame has so many in a row. Whoever cuts the log at that place achieves as much.
+/// pages, which read as zeros: pages of the frame there, or of whatever follows if its length is among what lacks. Whoever cuts the
+/// log at that place achieves as much.
 fn is_torn(file: &File, offset: u64) -> std::io::Result<bool> {
     let mut reader = file;
     reader.seek(SeekFrom::Start(offset))?;
     let mut rest = Vec::new();
     reader.take(TORN_BYTES_MAX).read_to_end(&mut rest)?;
+    let length = rest.first_chunk().map_or(0, |length| u32::from_be_bytes(*length));
+    if length > 0 {
+        rest.truncate((length as usize).saturating_add(FRAME_OVERHEAD));
+    }
     let first = SECTOR - usize::try_from(offset).unwrap_or(0) % SECTOR;
     let (head, sectors) = rest.split_at_checked(first).unwrap_or((&rest, &[]));
     let mut sectors = std::iter::once(head).chain(sectors.chunks(SECTOR));
